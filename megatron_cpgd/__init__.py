@@ -1,0 +1,1 @@
+"""Stable RL post-training of large language models on Megatron-Core, with vLLM as the sampler."""

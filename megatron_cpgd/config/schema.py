@@ -1,0 +1,335 @@
+"""Every setting of a run: type, default, bound and meaning. Imports pydantic only."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Config(BaseModel):
+    """Base of all sections: unknown keys are errors and a loaded config never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Config):
+    """Where the run lives and how long it goes on."""
+
+    dir: Path
+    """Output folder. Starting the same command again resumes what is in it."""
+    steps: int = Field(gt=0)
+    """Rollout steps; each generates, scores, trains and refreshes the engine once."""
+    seed: int = Field(0, ge=0)
+    """Seed of the prompt order, the sampling and the dropout streams."""
+
+
+class ModelConfig(Config):
+    """The policy and how it is computed."""
+
+    path: Path
+    """Folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; default: `path`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint or the tokenizer. Off unless you trust it."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: `selective` redoes the core attention, `full` every layer."""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of Megatron-Core's TransformerConfig, checked against its field names."""
+
+
+class ParallelConfig(Config):
+    """Sizes of the parallel axes; the number of trainer processes is tp * pp * cp * dp."""
+
+    tp: int = Field(1, ge=1)
+    """Tensor parallel size; divides the attention heads and the KV heads."""
+    pp: int = Field(1, ge=1)
+    """Pipeline parallel size; pp * vpp divides the layers."""
+    vpp: int = Field(1, ge=1)
+    """Virtual pipeline chunks per rank (interleaved schedule); needs pp > 1."""
+    cp: int = Field(1, ge=1)
+    """Context parallel size: every sequence is cut over this many ranks."""
+    dp: int = Field(1, ge=1)
+    """Data parallel size: sequences are spread over this many replicas."""
+    sequence_parallel: bool = True
+    """Shard norms and residuals over the tensor-parallel ranks; has no effect at tp = 1."""
+
+    @property
+    def world_size(self) -> int:
+        """Trainer processes."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+class PrecisionConfig(Config):
+    """Number formats of the trainer and the sampler."""
+
+    train: Literal["bf16", "fp32"] = "bf16"
+    """Weights and activations of the policy; with bf16 the optimizer keeps fp32 copies."""
+    rollout: Literal["bf16", "fp32"] | None = None
+    """Weights of the engine; default: as `train`."""
+
+
+class DataConfig(Config):
+    """Prompts for training."""
+
+    path: Path
+    """A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: a string (becomes one user message) or a list of chat messages."""
+    answer_key: str | None = "answer"
+    """Column with the ground truth; null if the rewards need none."""
+    system_prompt: str | None = None
+    """System message put before every prompt."""
+    chat_template: bool = True
+    """Render prompts with the tokenizer's chat template; false feeds the string as it is."""
+    shuffle: bool = True
+    """Draw a new order, fixed by run.seed, for every pass over the data."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Prompts longer than this are refused or dropped, see `too_long`."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with a prompt over `max_prompt_tokens`."""
+
+
+class RolloutConfig(Config):
+    """Sampling, and the engine that does it."""
+
+    prompts_per_step: int = Field(128, ge=1)
+    """P: prompts of one rollout batch."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """G: responses sampled for each prompt."""
+    max_response_tokens: int = Field(4096, ge=1)
+    """A response is cut here (finish reason `length`)."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the trainer scales its logits the same way."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; values below 1 truncate the sampling distribution."""
+    top_k: int = Field(-1, ge=-1)
+    """Top-k sampling; -1 is off."""
+    logprob_diff_limit: float | None = Field(None, gt=0)
+    """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
+    exceeds this; null only logs it. Needs top_p = 1 and top_k = -1."""
+    start_timeout_s: Seconds = 600.0
+    """Longest wait for the engine to load."""
+    step_timeout_s: Seconds = 3600.0
+    """Longest wait for one generation or one weight refresh."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of vLLM's EngineArgs, checked against its field names."""
+
+
+class MathReward(Config):
+    """1 if the final answer equals the ground truth mathematically (math-verify), else 0."""
+
+    type: Literal["math"]
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+
+
+class ExactMatchReward(Config):
+    """1 if the response, stripped of white space, equals the ground truth, else 0."""
+
+    type: Literal["exact_match"]
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    after: str | None = None
+    """Compare only what follows the last occurrence of this text; 0 if it is missing."""
+
+
+class FormatReward(Config):
+    """1 if the whole response matches a regular expression, else 0."""
+
+    type: Literal["format"]
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    pattern: str
+    """Python regular expression, matched against the whole response with DOTALL."""
+
+
+class PythonReward(Config):
+    """A function of yours: `package.module.function(response: str, answer, fields: dict) -> float`."""
+
+    type: Literal["python"]
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    path: str
+    """Dotted path of the function; it is imported in the reward workers."""
+
+
+Reward = Annotated[
+    MathReward | ExactMatchReward | FormatReward | PythonReward, Field(discriminator="type")
+]
+
+
+class RewardsConfig(Config):
+    """Reward functions and the processes that run them."""
+
+    functions: list[Reward] = Field(min_length=1)
+    """The reward is the weighted sum; `reward/accuracy` is the share with the first one > 0."""
+    workers: int = Field(2, ge=1)
+    """Worker processes."""
+    timeout_s: Seconds = 10.0
+    """Longest time of one call; a call that exceeds it scores 0 and is counted."""
+
+
+class ConstantClip(Config):
+    """The same clip range for all tokens."""
+
+    type: Literal["constant"] = "constant"
+    low: float = Field(0.2, gt=0, lt=1)
+    """The policy gradient stops once ratio < 1 - low and A < 0."""
+    high: float = Field(0.2, gt=0)
+    """The policy gradient stops once ratio > 1 + high and A > 0."""
+
+
+class TightToLooseClip(Config):
+    """epsilon_i = start * epsilon + (1 - start) * epsilon * i / |y|, i = 1..|y| (Clarification I)."""
+
+    type: Literal["tight_to_loose"]
+    low: float = Field(0.2, gt=0, lt=1)
+    """Lower epsilon at the last token."""
+    high: float = Field(0.2, gt=0)
+    """Upper epsilon at the last token."""
+    start: float = Field(0.5, ge=0, le=1)
+    """lambda of the paper; 1 is a constant clip. The paper does not publish a value."""
+
+
+class NoClip(Config):
+    """No clipping: PG, or PGD with a drift."""
+
+    type: Literal["none"]
+
+
+Clip = Annotated[ConstantClip | TightToLooseClip | NoClip, Field(discriminator="type")]
+
+
+class DriftConfig(Config):
+    """The policy drift KL(pi_old, pi_theta) with the gradient-clipped k3 estimator."""
+
+    coef: float = Field(0.01, ge=0)
+    """alpha of arXiv:2505.12504 Eq. 2; 0 turns CPGD into CPG."""
+    gradient_clip: float = Field(2.0, gt=0)
+    """c: the gradient weight ratio - 1 of a token is capped at c."""
+
+
+class PromptWeightConfig(Config):
+    """omega(x), the weight of a prompt's advantages."""
+
+    type: Literal["equal", "std", "clip_filter"] = "std"
+    """`equal`: 1; `std`: 1 / std of the group's rewards; `clip_filter`: min(max_weight, prompts /
+    prompts with unequal rewards), one number for the whole rollout batch."""
+    max_weight: float = Field(3.0, ge=1)
+    """Bound of `clip_filter`."""
+
+
+class AlgorithmConfig(Config):
+    """CPGD (arXiv:2505.12504, Eq. 2). PG, CPG and PGD are the same with clip and drift off."""
+
+    clip: Clip = ConstantClip()
+    """Clip range of the log-ratio."""
+    drift: DriftConfig = DriftConfig()
+    """Policy drift."""
+    prompt_weight: PromptWeightConfig = PromptWeightConfig()
+    """Weight of a prompt's advantages."""
+    mini_batches: int = Field(4, ge=1)
+    """Optimizer steps per pass over a rollout batch; cut by prompt group."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a rollout batch; later ones carry the truncated weight of section 6.1."""
+
+
+class OptimConfig(Config):
+    """Adam and its schedule."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Learning rate after warm-up."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of a decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of Adam's second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Bound of the global gradient norm."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+
+class BatchConfig(Config):
+    """How sequences become micro-batches. None of it changes the gradient."""
+
+    format: Literal["packed", "padded"] = "packed"
+    """`packed`: sequences one behind the other (THD); `padded`: one row each (BSHD)."""
+    tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Token budget of one forward-backward pass of one data-parallel rank, padding included."""
+    tokens_per_logprob_batch: int | None = Field(None, ge=1)
+    """Token budget of a pass without gradient; default: twice the one above."""
+    logprob_chunk_tokens: int = Field(4096, ge=1)
+    """Tokens whose logits exist at one time."""
+
+
+class EvalSet(Config):
+    """Held-out prompts."""
+
+    path: Path
+    """As data.path, with the same columns."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses per prompt; the accuracy is their mean."""
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Use only the first ones."""
+
+
+class EvalConfig(Config):
+    """Accuracy on held-out prompts, by the engine."""
+
+    sets: dict[str, EvalSet] = Field(default_factory=dict)
+    """Name -> prompts; logged as eval/<name>/accuracy."""
+    every: int = Field(10, ge=1)
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+
+
+class CheckpointConfig(Config):
+    """What is kept of the run."""
+
+    every: int = Field(50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    export_every: int | None = Field(None, ge=1)
+    """Steps between Hugging Face exports; the last step is always exported."""
+
+
+class TrackingConfig(Config):
+    """What is written about the run."""
+
+    rollouts_per_step: int = Field(4, ge=0)
+    """Rollouts written to rollouts/step_N.jsonl at each step."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Optimizer steps in a row with a loss or gradient that is not finite before the run stops."""
+
+
+class ExperimentConfig(Config):
+    """One run. A YAML file states what it changes; `defaults: [other.yaml]` inherits."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rewards: RewardsConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

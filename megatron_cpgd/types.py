@@ -1,0 +1,133 @@
+"""Records that cross package borders. Every one is a leaf: it imports nothing of this package."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question as the engine receives it."""
+
+    id: str
+    """Stable name of the data row, `<file stem>:<row>`."""
+    token_ids: list[int]
+    """Chat template applied, generation prompt included."""
+    text: str
+    """The rendered prompt that `token_ids` encode."""
+    answer: str | None
+    """Ground truth for the reward functions, if the data has one."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Every other column of the data row, for user-defined rewards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response."""
+
+    token_ids: list[int]
+    """[T] sampled tokens, the end-of-sequence token included when it was sampled."""
+    logprobs: list[float]
+    """[T] log-probability of each sampled token under the sampling distribution of the engine."""
+    finish_reason: FinishReason
+    """`stop`: an end token was sampled; `length`: cut at the token limit."""
+    weight_version: int
+    """Version of the weights that produced it."""
+    text: str = ""
+    """Decoded response without special tokens; filled by the trainer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All responses to one prompt."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainSequence:
+    """One rollout as the trainer sees it. `T` counts response tokens; prompts carry no loss."""
+
+    group: int
+    """Index of the prompt in the rollout batch."""
+    prompt_ids: Tensor
+    """[Lp] int64."""
+    response_ids: Tensor
+    """[T] int64; T may be 0."""
+    rollout_logprobs: Tensor
+    """[T] float32, as the engine reported them."""
+    advantage: float
+    """A_omega: centred in the group and weighted."""
+    old_logprobs: Tensor | None = None
+    """[T] float32, log pi_old under Megatron; set by the old-log-prob pass."""
+    epoch_weight: Tensor | None = None
+    """[T] float32, truncated importance weight of epochs after the first; None means 1."""
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids.dtype == self.response_ids.dtype == torch.int64
+        assert len(self.prompt_ids) > 0, "a sequence needs at least one prompt token"
+        assert len(self.rollout_logprobs) == len(self.response_ids), (
+            f"{len(self.rollout_logprobs)=} {len(self.response_ids)=}"
+        )
+
+    @property
+    def length(self) -> int:
+        """Prompt and response tokens."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(slots=True, kw_only=True)
+class LossSequence:
+    """A sequence with everything its loss needs, fixed on the global batch before any split."""
+
+    input_ids: Tensor
+    """[L] int64, prompt then response."""
+    prompt_length: int
+    tensors: dict[str, Tensor]
+    """[T] float32 each, by name: what the loss function reads per response token."""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def response_length(self) -> int:
+        return len(self.input_ids) - self.prompt_length
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """One forward pass of one data-parallel rank, before context-parallel slicing.
+
+    Position t holds input token t and predicts `targets[t]`, the next token of the same sequence.
+    """
+
+    input_ids: Tensor
+    """[B, S] int64; packed (THD) batches have B = 1."""
+    targets: Tensor
+    """[B, S] int64; 0 where `loss_mask` is False."""
+    loss_mask: Tensor
+    """[B, S] bool, True where the target is a response token."""
+    position_ids: Tensor
+    """[B, S] int64, restarting at 0 with each sequence."""
+    tensors: dict[str, Tensor]
+    """[B, S] float32 each, 0 where `loss_mask` is False."""
+    indices: list[int]
+    """Position of each contained sequence in the batch that was packed; -1 for filling."""
+    lengths: list[int]
+    """Real tokens of each contained sequence."""
+    cu_seqlens: list[int] | None
+    """[n + 1] padded boundaries of packed sequences; None for a padded (BSHD) batch."""
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        for name, x in {"targets": self.targets, "loss_mask": self.loss_mask,
+                        "position_ids": self.position_ids, **self.tensors}.items():  # fmt: skip
+            assert x.shape == shape, f"{name}: {tuple(x.shape)} is not {tuple(shape)}"
+        if self.cu_seqlens is not None:
+            assert shape[0] == 1 and self.cu_seqlens[-1] == shape[1], f"{shape=} {self.cu_seqlens=}"
