@@ -11,7 +11,9 @@ Seconds = Annotated[float, Field(gt=0)]
 class Config(BaseModel):
     """Base of all sections: unknown keys are errors and a loaded config never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(Config):
@@ -147,7 +149,7 @@ class FormatReward(Config):
 
 
 class PythonReward(Config):
-    """A function of yours: `package.module.function(response: str, answer, fields: dict) -> float`."""
+    """A function of yours, `module.function(response: str, answer, fields: dict) -> float`."""
 
     type: Literal["python"]
     weight: float = 1.0
@@ -183,7 +185,7 @@ class ConstantClip(Config):
 
 
 class TightToLooseClip(Config):
-    """epsilon_i = start * epsilon + (1 - start) * epsilon * i / |y|, i = 1..|y| (Clarification I)."""
+    """epsilon_i = epsilon * (start + (1 - start) * i / |y|), i = 1..|y| (Clarification I)."""
 
     type: Literal["tight_to_loose"]
     low: float = Field(0.2, gt=0, lt=1)
@@ -292,7 +294,7 @@ class EvalConfig(Config):
     """Accuracy on held-out prompts, by the engine."""
 
     sets: dict[str, EvalSet] = Field(default_factory=dict)
-    """Name -> prompts; logged as eval/<name>/accuracy."""
+    """Name -> prompts; logged as `eval/<name>/accuracy`."""
     every: int = Field(10, ge=1)
     """Steps between evaluations; step 0 and the last step are always evaluated."""
 

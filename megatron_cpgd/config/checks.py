@@ -1,0 +1,177 @@
+"""Rules between settings, and between settings and the machine; no torch and no Megatron here.
+
+Each rule yields problems of one line: where, what was expected, what came, what to do.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_cpgd.config.messages import did_you_mean
+from megatron_cpgd.config.model_folder import check_model_folder
+from megatron_cpgd.config.schema import (
+    Config,
+    DriftConfig,
+    ExactMatchReward,
+    ExperimentConfig,
+    FormatReward,
+    MathReward,
+    PromptWeightConfig,
+    PythonReward,
+)
+
+
+def check_config(config: ExperimentConfig) -> list[str]:
+    """Every problem of a configuration whose single settings are valid; empty if there is none."""
+    return [
+        *_inert_algorithm(config),
+        *_inert_switches(config),
+        *_batch_sizes(config),
+        *_rewards(config),
+        *_paths(config),
+        *check_model_folder(config),
+        *_world_size(config),
+    ]
+
+
+def check_passthrough(
+    given: Mapping[str, Any], allowed: set[str], forbidden: Mapping[str, str], where: str
+) -> list[str]:
+    """Problems of options that go to another library under its own names.
+
+    Args:
+        given: option name -> value, as in `model.megatron` or `rollout.engine_args`.
+        allowed: names that the library has.
+        forbidden: names that this package sets itself -> the setting to use instead.
+        where: dotted path of the section, for the message.
+    """
+    problems = []
+    for name in given:
+        if name in forbidden:
+            problems.append(f"{where}.{name}: is set by us; use {forbidden[name]} instead")
+        elif name not in allowed:
+            hint = did_you_mean(name, allowed - forbidden.keys())
+            problems.append(f"{where}.{name}: unknown option; {hint}")
+    return problems
+
+
+def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    clips, drifts = algorithm.clip.type != "none", algorithm.drift.coef > 0
+    if algorithm.mini_batches * algorithm.epochs == 1 and (clips or drifts):
+        named = [f"algorithm.{name}" for name, on in (("clip", clips), ("drift", drifts)) if on]
+        off = ["algorithm.clip={type: none}"] * clips + ["algorithm.drift.coef=0"] * drifts
+        yield (
+            f"{' and '.join(named)} {'do' if len(named) > 1 else 'does'} nothing: with one "
+            "optimizer step per rollout the log-ratio is zero by construction; set "
+            f"algorithm.mini_batches > 1 or algorithm.epochs > 1, or {' and '.join(off)}"
+        )
+    if algorithm.epochs > 1 and not clips:
+        yield (
+            f"algorithm.epochs={algorithm.epochs}: passes after the first are weighted by the "
+            "ratio truncated to the clip range, which algorithm.clip={type: none} does not have; "
+            "set a clip or algorithm.epochs=1"
+        )
+    weight = algorithm.prompt_weight
+    if weight.type != "clip_filter" and _changed(weight, "max_weight", PromptWeightConfig):
+        yield (
+            f"algorithm.prompt_weight.max_weight={weight.max_weight} does nothing: it bounds "
+            f"`clip_filter`, and algorithm.prompt_weight.type={weight.type}; remove one of them"
+        )
+    drift = algorithm.drift
+    if not drifts and _changed(drift, "gradient_clip", DriftConfig):
+        yield (
+            f"algorithm.drift.gradient_clip={drift.gradient_clip} does nothing while "
+            "algorithm.drift.coef=0; remove it or set a coef > 0"
+        )
+
+
+def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
+    rollout, optim, parallel = config.rollout, config.optim, config.parallel
+    if rollout.logprob_diff_limit is not None and (rollout.top_p < 1 or rollout.top_k != -1):
+        yield (
+            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} compares full distributions, "
+            f"but rollout.top_p={rollout.top_p} and rollout.top_k={rollout.top_k} truncate the "
+            "engine's; set top_p=1 and top_k=-1, or logprob_diff_limit=null"
+        )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield (
+            f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
+            "set parallel.pp > 1 or parallel.vpp=1"
+        )
+    if optim.schedule == "constant" and optim.min_lr > 0:
+        yield (
+            f"optim.min_lr={optim.min_lr} does nothing: optim.schedule=constant never decays; "
+            "set schedule=linear or cosine, or min_lr=0"
+        )
+    elif optim.min_lr > optim.lr:
+        yield f"optim.min_lr={optim.min_lr} must be <= optim.lr={optim.lr}"
+    if config.data.system_prompt is not None and not config.data.chat_template:
+        yield (
+            "data.system_prompt does nothing: data.chat_template=false feeds prompts as they are; "
+            "put the text into the prompts or set chat_template=true"
+        )
+
+
+def _batch_sizes(config: ExperimentConfig) -> Iterator[str]:
+    rollout, mini_batches = config.rollout, config.algorithm.mini_batches
+    if mini_batches > rollout.prompts_per_step:
+        yield (
+            f"algorithm.mini_batches={mini_batches} must be <= "
+            f"rollout.prompts_per_step={rollout.prompts_per_step}: a mini-batch holds whole groups"
+        )
+    if rollout.samples_per_prompt < 2:
+        yield (
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt} must be >= 2: an advantage "
+            "is centred in its group, so a single response always has advantage 0"
+        )
+
+
+def _rewards(config: ExperimentConfig) -> Iterator[str]:
+    for index, reward in enumerate(config.rewards.functions):
+        where = f"rewards.functions.{index}"
+        match reward:
+            case MathReward() | ExactMatchReward() if config.data.answer_key is None:
+                yield (
+                    f"{where}: type {reward.type} needs the ground truth, but "
+                    "data.answer_key=null; name the column"
+                )
+            case FormatReward():
+                try:
+                    re.compile(reward.pattern)
+                except re.error as error:
+                    yield f"{where}.pattern: not a regular expression: {error}"
+            case PythonReward() if not re.fullmatch(r"\w+(\.\w+)+", reward.path):
+                yield f"{where}.path: must be `package.module.function`, got {reward.path!r}"
+
+
+def _paths(config: ExperimentConfig) -> Iterator[str]:
+    data = {"data.path": config.data.path}
+    data |= {f"eval.sets.{name}.path": held_out.path for name, held_out in config.eval.sets.items()}
+    for where, path in data.items():
+        if not path.exists():
+            yield f"{where}={path}: no such file or folder, seen from {Path.cwd()}"
+        elif path.is_file() and path.suffix not in (".jsonl", ".parquet"):
+            yield (
+                f"{where}={path}: must be a .jsonl or .parquet file, or a folder written by "
+                "`datasets.Dataset.save_to_disk`"
+            )
+    if config.run.dir.exists() and not config.run.dir.is_dir():
+        yield f"run.dir={config.run.dir}: must be a folder, but is a file"
+
+
+def _world_size(config: ExperimentConfig) -> Iterator[str]:
+    processes, sizes = os.environ.get("WORLD_SIZE"), config.parallel
+    if processes is not None and processes != str(sizes.world_size):
+        yield (
+            f"parallel.tp={sizes.tp} * pp={sizes.pp} * cp={sizes.cp} * dp={sizes.dp} = "
+            f"{sizes.world_size}, but WORLD_SIZE={processes} processes were started; "
+            "set parallel.* or start as many"
+        )
+
+
+def _changed(section: Config, name: str, kind: type[Config]) -> bool:
+    # By value, not by `model_fields_set`: the saved config.yaml spells out every default.
+    return bool(getattr(section, name) != kind.model_fields[name].default)

@@ -1,0 +1,133 @@
+"""Does the Hugging Face folder exist, is it usable, and does the parallel layout fit it?"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig
+
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+"""Supported `model_type` -> class in `architectures`."""
+
+ROPE_TYPES = ("default", "llama3")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_model_folder(config: ExperimentConfig) -> list[str]:
+    """Problems of `model.path`, `model.tokenizer`, and of the sizes that depend on the model."""
+    path, tokenizer = config.model.path, config.model.tokenizer
+    if not path.is_dir():
+        hint = f"; download it: hf download {path} --local-dir ..." if _is_hub_id(path) else ""
+        return [f"model.path={path}: no such folder, seen from {Path.cwd()}{hint}"]
+    problems = [*_weights(path)]
+    if tokenizer is not None and not tokenizer.is_dir():
+        problems.append(f"model.tokenizer={tokenizer}: no such folder, seen from {Path.cwd()}")
+    elif not config.model.trust_remote_code:
+        where = "model.path" if tokenizer is None else "model.tokenizer"
+        problems += _tokenizer(tokenizer or path, where)
+    try:
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [*problems, f"model.path={path}: has no config.json; give a Hugging Face folder"]
+    except (OSError, ValueError) as error:
+        return [*problems, f"{path / 'config.json'}: cannot be read as JSON: {error}"]
+    if not isinstance(hf, dict):
+        return [*problems, f"{path / 'config.json'}: must be a JSON object"]
+    unsupported = [*_architecture(hf, path)]
+    if unsupported:  # its sizes would have other names
+        return problems + unsupported
+    return [*problems, *_sizes(hf, path, config)]
+
+
+def _is_hub_id(path: Path) -> bool:
+    return len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
+
+
+def _weights(path: Path) -> Iterator[str]:
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")):
+        yield (
+            f"model.path={path}: has only PyTorch .bin weights, which are pickles and can run code "
+            "when opened; save it with `model.save_pretrained(folder)`, which writes safetensors"
+        )
+    else:
+        yield f"model.path={path}: has no *.safetensors files"
+
+
+def _tokenizer(path: Path, where: str) -> Iterator[str]:
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        yield (
+            f"{where}={path}: has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}; "
+            "copy it there or set model.tokenizer"
+        )
+
+
+def _architecture(hf: dict[str, Any], path: Path) -> Iterator[str]:
+    model_type, classes = hf.get("model_type"), hf.get("architectures")
+    supported = ", ".join(ARCHITECTURES.values())
+    if model_type not in ARCHITECTURES:
+        yield f"model.path={path}: model_type {model_type!r} is not one of {supported}"
+    elif classes and classes != [ARCHITECTURES[model_type]]:
+        yield f"model.path={path}: architectures {classes} is not one of {supported}"
+    if "quantization_config" in hf:
+        yield f"model.path={path}: quantised weights cannot be trained; use the bf16 checkpoint"
+    # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        yield (
+            f"model.path={path}: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}; "
+            "remove the scaling from config.json if you stay below the original length"
+        )
+
+
+def _sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
+    names = ("num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    bad = [name for name in names if not _is_size(hf.get(name))]
+    if bad:
+        for name in bad:
+            yield f"{path / 'config.json'}: {name} must be a positive integer, got {hf.get(name)!r}"
+        return
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads  # absent: multi-head attention
+    yield from _layout(config.parallel, heads, kv_heads, hf["num_hidden_layers"], path)
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if prompt + response > hf["max_position_embeddings"]:
+        yield (
+            f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response} = "
+            f"{prompt + response} exceeds max_position_embeddings={hf['max_position_embeddings']} "
+            f"of {path}; lower one of them"
+        )
+
+
+def _layout(
+    sizes: ParallelConfig, heads: int, kv_heads: int, layers: int, path: Path
+) -> Iterator[str]:
+    tp, stages = sizes.tp, sizes.pp * sizes.vpp
+    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 == heads % n]
+    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
+        if count % tp:
+            yield (
+                f"parallel.tp={tp} does not divide {name}={count} of {path}; use {_choice(fitting)}"
+            )
+    if layers % stages:
+        fitting = [n for n in range(1, layers + 1) if layers % n == 0]
+        yield (
+            f"parallel.pp={sizes.pp} * vpp={sizes.vpp} = {stages} does not divide "
+            f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}"
+        )
+
+
+def _choice(numbers: list[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
