@@ -1,0 +1,171 @@
+"""Distributed checkpoints (Megatron's torch_dist format) that load under any layout.
+
+A checkpoint is a folder: Megatron's files, `trainer_state.json` and, written last, `MANIFEST.json`
+with the size of every file. A folder without a complete manifest is not a checkpoint.
+"""
+
+import json
+import os
+import queue
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cpgd.errors import ConversionError
+
+MANIFEST = "MANIFEST.json"
+TRAINER_STATE = "trainer_state.json"
+FORMAT = "megatron_cpgd/1"
+
+
+def save_checkpoint(
+    path: Path,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer | None,
+    trainer_state: dict[str, Any],
+) -> None:
+    """Write everything, then the manifest, then give the folder its name. Collective.
+
+    Args:
+        optimizer: None saves the weights only.
+        trainer_state: what JSON can hold.
+    """
+    partial = path.with_name(path.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    # Results of the writer threads. By default upstream starts a manager process that imports
+    # everything again (6 to 20 s) and outlives a killed rank; a synchronous save needs neither.
+    filesystem_async._results_queue = queue.Queue()
+    metadata = _metadata()
+    dist_checkpointing.save(
+        _sharded_state(chunks, optimizer, metadata, is_loading=False),
+        str(partial),
+        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
+        content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _commit(partial, path, trainer_state, has_optimizer=optimizer is not None)
+    dist.barrier()
+
+
+def load_checkpoint(
+    path: Path, chunks: list[Any], optimizer: MegatronOptimizer | None
+) -> dict[str, Any]:
+    """Fill model and optimizer, whatever layout saved them; returns the trainer state.
+
+    Collective over the world. With `optimizer` None only the weights are read.
+
+    Raises:
+        ConversionError: the folder is not a complete checkpoint.
+    """
+    manifest = check_checkpoint(path)
+    if optimizer is not None and not manifest["has_optimizer"]:
+        raise ConversionError(f"{path}: holds weights only, the optimizer state is missing")
+    metadata = _metadata()
+    if optimizer is not None:
+        # torch's Adam has no state before its first step, and upstream reads the state's shape.
+        for part in optimizer.chained_optimizers:
+            part._init_optimizer_states_with_dummy_values()
+    state = dist_checkpointing.load(
+        _sharded_state(chunks, optimizer, metadata, is_loading=True),
+        str(path),
+        FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group()),
+    )
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[_chunk_key(i, len(chunks))], strict=False)
+    if optimizer is not None:
+        with torch.no_grad():
+            optimizer.load_state_dict(state["optimizer"])
+    trainer_state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
+    return trainer_state
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest, after comparing it with the files.
+
+    Raises:
+        ConversionError: no manifest, or a file is missing or has another size.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise ConversionError(f"{path}: not a complete checkpoint, it has no {MANIFEST}")
+    manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+    for name, size in manifest["files"].items():
+        file = path / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise ConversionError(f"{file}: expected {size} bytes, the file {found}")
+    return manifest
+
+
+def _metadata() -> dict[str, Any]:
+    # Upstream's default, fully_sharded_model_space, can no longer be saved in 0.19.
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": _replica_group(),
+    }
+
+
+def _replica_group() -> Any:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _chunk_key(index: int, count: int) -> str:
+    return f"model{index}" if count > 1 else "model"
+
+
+def _sharded_state(
+    chunks: list[Any],
+    optimizer: MegatronOptimizer | None,
+    metadata: dict[str, Any],
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        _chunk_key(i, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def _commit(
+    partial: Path, path: Path, trainer_state: dict[str, Any], *, has_optimizer: bool
+) -> None:
+    (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
+    files = {
+        str(file.relative_to(partial)): file.stat().st_size
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {"format": FORMAT, "has_optimizer": has_optimizer, "files": files}
+    with (partial / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)

@@ -1,0 +1,169 @@
+"""Layer modules that Megatron's local specs lack on CPU, chosen through the layer spec.
+
+`RMSNorm` allows sequence parallelism; `Attention` takes grouped queries, packed (THD) and padded
+(BSHD) batches and context parallelism (all-gather of keys and values, zig-zag chunks). On CUDA the
+Transformer Engine spec brings its own; this file is then not used.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_cpgd.policy.context_parallel import rank_positions
+
+
+def use_cpu_layers(block: Any) -> Any:
+    """Put our norm and core attention into a local `TransformerBlockSubmodules`; returns it."""
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = Attention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(getattr(attention, name), "__name__", "") == "WrappedTorchNorm":
+                setattr(attention, name, RMSNorm)
+    return block
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last axis, computed in fp32."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron sums the gradient over the TP ranks, each of which saw its share of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.size(-1),), eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowLayout:
+    """Where the tokens of a packed batch go when every sequence becomes one row."""
+
+    query_index: Tensor
+    """[N, Lq] position in this rank's packed tokens; repeats the first token where padded."""
+    key_index: Tensor
+    """[N, Lk] position in the gathered tokens of all CP ranks."""
+    flat_index: Tensor
+    """[T] position of each of this rank's tokens in the flattened [N, Lq] rows."""
+    mask: Tensor | None
+    """[N, 1, Lq, Lk] True where attended; None: plain causal."""
+
+
+class Attention(MegatronModule):
+    """Causal core attention. Every sequence becomes one row of a batched kernel call."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert self.dropout == 0.0, "attention dropout is not implemented on CPU"
+        group = getattr(pg_collection, "cp", None)
+        self.cp_group = group or parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Queries [S, B, heads, d] or packed [T, heads, d]; returns [S, B, heads*d] or [T, ...].
+
+        A given `attention_mask` is ignored: the mask is causal and ends with each sequence.
+        """
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        if self.cp_group.size() > 1:
+            return self._padded_context_parallel(query, key, value)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        return self._attend(q, k, v, None).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )  # fmt: skip
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """All CP ranks' tokens, rank after rank. Collective over the CP group."""
+        if self.cp_group.size() == 1:
+            return x
+        gathered: Tensor = gather_from_sequence_parallel_region(x, group=self.cp_group)
+        return gathered
+
+    def _padded_context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        length = query.size(0) * size
+        positions = [rank_positions(length, rank=r, size=size) for r in range(size)]
+        mask = positions[rank][:, None] >= torch.cat(positions)[None]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, self._gather(key), self._gather(value)))
+        return self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: Any) -> Tensor:
+        layout = getattr(params, "row_layout", None)
+        if layout is None:  # one per micro-batch, shared by all layers
+            layout = _row_layout(
+                params.cu_seqlens_q_padded.tolist(), self.cp_group.rank(), self.cp_group.size()
+            )
+            params.row_layout = layout
+        q = query[layout.query_index].transpose(1, 2)
+        k, v = (self._gather(t)[layout.key_index].transpose(1, 2) for t in (key, value))
+        rows = self._attend(q, k, v, layout.mask).transpose(1, 2).flatten(2)
+        return rows.flatten(0, 1)[layout.flat_index]
+
+
+def _row_layout(boundaries: list[int], rank: int, size: int) -> _RowLayout:
+    """Layout of packed sequences with the given padded boundaries on one CP rank."""
+    lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    starts = torch.tensor(boundaries[:-1]) // size
+    counts = torch.tensor(lengths) // size
+    columns = torch.arange(int(counts.max()))
+    real = columns[None] < counts[:, None]
+    query_index = torch.where(real, starts[:, None] + columns[None], 0)
+    flat_index = real.flatten().nonzero().squeeze(1)
+    if size == 1:
+        return _RowLayout(
+            query_index=query_index, key_index=query_index, flat_index=flat_index, mask=None
+        )
+    local = boundaries[-1] // size
+    key_index = torch.cat([query_index + r * local for r in range(size)], dim=1)
+    position = torch.zeros(size, *real.shape, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        for r in range(size):
+            position[r, row, : length // size] = rank_positions(length, rank=r, size=size)
+    key_real = real.repeat(1, size)
+    key_position = torch.cat(list(position), dim=1)
+    mask = (position[rank][:, :, None] >= key_position[:, None]) & key_real[:, None]
+    # A padded query row would attend to nothing and give NaN: let it see the first key.
+    mask[:, :, 0] |= ~real
+    return _RowLayout(
+        query_index=query_index,
+        key_index=key_index,
+        flat_index=flat_index,
+        mask=mask[:, None],
+    )

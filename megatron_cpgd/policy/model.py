@@ -1,0 +1,226 @@
+"""Hugging Face config -> Megatron TransformerConfig -> this rank's GPTModel chunks."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.policy.cpu_layers import use_cpu_layers
+from megatron_cpgd.policy.parallel import ParallelInfo
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, the same for every TP size that divides it, so
+that a checkpoint loads under any layout."""
+
+# Upstream's fusions; all need Transformer Engine or NVIDIA apex, which exist on CUDA only.
+_FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+            "persist_layer_norm", "apply_rope_fusion")  # fmt: skip
+
+# What the model path, the layout and the precision already determine.
+FIXED_FIELDS = {
+    "num_layers": "model.path",
+    "hidden_size": "model.path",
+    "num_attention_heads": "model.path",
+    "num_query_groups": "model.path",
+    "kv_channels": "model.path",
+    "ffn_hidden_size": "model.path",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "context_parallel_size": "parallel.cp",
+    "sequence_parallel": "parallel.sequence_parallel",
+    "params_dtype": "precision.train",
+    "bf16": "precision.train",
+    "fp16": "precision.train",
+    "recompute_granularity": "model.recompute",
+    "calculate_per_token_loss": "nothing: the loss has its own global denominators",
+    "variable_seq_lengths": "nothing: micro-batches of a pipeline have one shape",
+    "overlap_p2p_comm": "parallel.vpp",
+    "batch_p2p_comm": "parallel.vpp",
+}
+
+
+def megatron_fields() -> set[str]:
+    """Names that `model.megatron` may set."""
+    return {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The dtype of `bf16` or `fp32`."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all TP ranks."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_transformer_config(
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's description of the model in a Hugging Face config.json.
+
+    Args:
+        hf: parsed config.json of a `llama`, `qwen2` or `qwen3` model.
+
+    Raises:
+        ConversionError: the config asks for something that Megatron would compute differently.
+    """
+    _refuse_unsupported(hf)
+    heads = hf["num_attention_heads"]
+    interleaved = parallel.vpp > 1
+    fields: dict[str, Any] = {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": hf.get("num_key_value_heads", heads),
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "ffn_hidden_size": hf["intermediate_size"],
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": hf["model_type"] == "qwen2",
+        "qk_layernorm": hf["model_type"] == "qwen3",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
+        "context_parallel_size": parallel.cp,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
+        # With the interleaved schedule two sends to one rank would be matched by order alone and
+        # exchange their contents silently, on gloo and on NCCL.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "perform_initialization": False,  # every parameter is loaded
+        "gradient_accumulation_fusion": _has_apex_gradient_fusion(),
+        **_recompute_fields(model.recompute),
+    }
+    if not torch.cuda.is_available():
+        fields |= dict.fromkeys(_FUSIONS, False)
+    return TransformerConfig(**(fields | model.megatron))
+
+
+def build_chunks(
+    config: TransformerConfig, hf: dict[str, Any], info: ParallelInfo
+) -> list[GPTModel]:
+    """This rank's pipeline chunks, one per virtual stage, weights not yet loaded."""
+    on_gpu = torch.cuda.is_available()
+    chunks = []
+    for stage in range(info.vpp_size):
+        vp_stage = stage if info.vpp_size > 1 else None
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
+        )
+        chunk = GPTModel(
+            config,
+            spec if on_gpu else use_cpu_layers(spec),
+            vocab_size=padded_vocab_size(hf["vocab_size"], info.tp_size),
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+            vp_stage=vp_stage,
+            **_rope_arguments(hf),
+        )
+        chunks.append(chunk.cuda() if on_gpu else chunk)
+    return chunks
+
+
+def wrap_precision(config: TransformerConfig, chunk: GPTModel) -> torch.nn.Module:
+    """The chunk with its parameters in bf16, if asked for."""
+    return Float16Module(config, chunk) if config.bf16 else chunk
+
+
+def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings in the transformers 5 form, whichever form the file has."""
+    parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    parameters.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    return parameters
+
+
+def _rope_arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    rope = rope_parameters(hf)
+    return {
+        "rotary_base": rope["rope_theta"],
+        "rope_scaling": rope["rope_type"] == "llama3",
+        "rope_scaling_factor": rope.get("factor", 1.0),
+    }
+
+
+def _recompute_fields(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _has_apex_gradient_fusion() -> bool:
+    """Whether NVIDIA apex's extension is installed (PyPI's `apex` is another package)."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _refuse_unsupported(hf: dict[str, Any]) -> None:
+    problems = []
+    if hf.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act: expected silu, got {hf['hidden_act']}")
+    if hf.get("use_sliding_window"):
+        problems.append("use_sliding_window: sliding-window attention is not supported")
+    if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
+        problems.append("attention_bias: biases of o_proj are not supported")
+    if hf.get("mlp_bias"):
+        problems.append("mlp_bias: biases of the MLP are not supported")
+    problems += _rope_problems(rope_parameters(hf))
+    if problems:
+        raise ConversionError("config.json: " + "; ".join(problems))
+
+
+def _rope_problems(rope: dict[str, Any]) -> list[str]:
+    if rope["rope_type"] == "default":
+        return []
+    if rope["rope_type"] != "llama3":
+        return [f"rope_type: expected default or llama3, got {rope['rope_type']}"]
+    # Constants of megatron/core/models/common/embeddings/rotary_pos_embedding.py.
+    expected = {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return [
+        f"rope {name}: Megatron-Core computes with {value}, the config has {rope.get(name)}"
+        for name, value in expected.items()
+        if rope.get(name) != value
+    ]

@@ -1,0 +1,104 @@
+"""Process groups from the configuration, and where this rank stands in them."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_cpgd.config.schema import ParallelConfig
+
+GROUP_TIMEOUT = timedelta(minutes=60)
+"""A collective may wait for the engine on rank 0; that wait has its own, shorter deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelInfo:
+    """Sizes of the parallel axes and this rank's place on each."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+
+    @property
+    def replica_rank(self) -> int:
+        """Index among the dp * cp ranks that hold the same parameters."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold the same parameters."""
+        return self.dp_size * self.cp_size
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every packed sequence and every padded row is a multiple of this: zig-zag halves."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def total_multiple(self) -> int:
+        """The tokens of a micro-batch are a multiple of this: each TP rank holds equal shares."""
+        shards = self.tp_size if self.sequence_parallel else 1
+        return self.sequence_multiple * shards
+
+
+def join_world() -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl", timeout=GROUP_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+
+
+def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
+    """Create Megatron's groups and RNG streams. Collective over the world.
+
+    Raises:
+        ValueError: the world size is not tp * pp * cp * dp.
+    """
+    if dist.get_world_size() != config.world_size:
+        raise ValueError(
+            f"parallel: tp({config.tp}) * pp({config.pp}) * cp({config.cp}) * dp({config.dp}) = "
+            f"{config.world_size} processes, but {dist.get_world_size()} were started"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        config.tp,
+        config.pp,
+        config.vpp if config.vpp > 1 else None,
+        context_parallel_size=config.cp,
+    )
+    model_parallel_cuda_manual_seed(seed + 1)  # the seed must be positive
+    return parallel_info(config)
+
+
+def parallel_info(config: ParallelConfig) -> ParallelInfo:
+    """This rank's place in the groups that exist."""
+    return ParallelInfo(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pp,
+        vpp_size=config.vpp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.cp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=config.dp,
+        sequence_parallel=config.sequence_parallel and config.tp > 1,
+    )

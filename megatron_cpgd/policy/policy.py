@@ -1,0 +1,198 @@
+"""The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.data.packing import unpack_tokens
+from megatron_cpgd.policy import device
+from megatron_cpgd.policy.checkpoint import load_checkpoint, save_checkpoint
+from megatron_cpgd.policy.logprobs import LogprobSettings
+from megatron_cpgd.policy.model import (
+    build_chunks,
+    build_transformer_config,
+    torch_dtype,
+    wrap_precision,
+)
+from megatron_cpgd.policy.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+    wrap_data_parallel,
+    zero_gradients,
+)
+from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.policy.schedule import (
+    LocalTokens,
+    Schedule,
+    local_positions,
+    plan_rank_micro_batches,
+    run_schedule,
+)
+from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.types import LossSequence, MicroBatch
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
+from megatron_cpgd.weights.table import WeightTable
+
+S = TypeVar("S")
+
+
+class TokenLoss(Protocol[S]):
+    """An objective as the policy sees it: a plain sum over tokens, and statistics that add up."""
+
+    def loss(self, logprobs: Tensor, tokens: LocalTokens) -> Tensor:
+        """Scalar sum over tokens["loss_mask"]; differentiable also when the mask is empty."""
+
+    def statistics(self, logprobs: Tensor, entropy: Tensor, tokens: LocalTokens) -> S:
+        """Statistics of the same tokens, without gradient."""
+
+    def reduce(self, parts: list[S], all_reduce: Callable[[Tensor, Any], None]) -> dict[str, float]:
+        """Metrics over all parts of all ranks; `all_reduce(tensor, op)` works in place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult(Generic[S]):
+    """What one optimizer step did."""
+
+    skipped: str | None
+    """Why the weights are as before, e.g. "loss is nan"; None: they were updated."""
+    grad_norm: float
+    learning_rate: float
+    metrics: dict[str, float]
+    """Of the objective, over the mini-batch; equal on every rank."""
+
+
+class Policy:
+    """One rank of the trained model. All methods are collectives over the world."""
+
+    def __init__(
+        self, config: ExperimentConfig, info: ParallelInfo, checkpoint: HfCheckpoint,
+        table: WeightTable,
+    ) -> None:  # fmt: skip
+        """Build the shard and load it from the Hugging Face checkpoint."""
+        self.info = info
+        self._table = table
+        self._optim = config.optim
+        self._batch = config.batch
+        self._total_steps = (
+            config.run.steps * config.algorithm.mini_batches * config.algorithm.epochs
+        )
+        transformer = build_transformer_config(
+            checkpoint.config, config.model, config.parallel, torch_dtype(config.precision.train)
+        )
+        self._chunks = build_chunks(transformer, checkpoint.config, info)
+        load_hf_weights(self._chunks, table, checkpoint, info)
+        self._models = wrap_data_parallel(
+            transformer, config.optim, [wrap_precision(transformer, c) for c in self._chunks]
+        )
+        self._optimizer = build_optimizer(transformer, config.optim, self._models)
+        self._schedule = Schedule(
+            models=list(self._models),
+            info=info,
+            logprobs=LogprobSettings(
+                vocab_size=checkpoint.config["vocab_size"],
+                temperature=config.rollout.temperature,
+                chunk_tokens=config.batch.logprob_chunk_tokens,
+            ),
+            batch_format=config.batch.format,
+        )
+        self.optimizer_steps = 0
+        """Optimizer steps so far, skipped ones included: the clock of the learning rate."""
+
+    @torch.no_grad()
+    def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
+        """[T] float32 CPU log-probs of each sequence's response under the current weights."""
+        budget = self._batch.tokens_per_logprob_batch or 2 * self._batch.tokens_per_micro_batch
+        micro_batches = plan_rank_micro_batches(sequences, self._schedule, budget)
+        offsets = [0]
+        for sequence in sequences:
+            offsets.append(offsets[-1] + sequence.response_length)
+        # Every token has one owner; a sum with zeros brings it to all ranks bit by bit.
+        flat = torch.zeros(offsets[-1], device=device.current())
+        owner = parallel_state.is_pipeline_last_stage() and self.info.tp_rank == 0
+
+        def collect(
+            batch: MicroBatch, tokens: LocalTokens, logprobs: Tensor, entropy: Tensor
+        ) -> tuple[None, None]:
+            if owner:
+                full = torch.zeros(batch.input_ids.shape, device=logprobs.device)
+                full[:, local_positions(batch, self.info)] = logprobs
+                for i, values in unpack_tokens(full, batch).items():
+                    flat[offsets[i] : offsets[i + 1]] = values
+            return None, None
+
+        for model in self._models:
+            model.eval()
+        run_schedule(self._schedule, micro_batches, collect, forward_only=True)
+        for model in self._models:
+            model.train()
+        dist.all_reduce(flat)
+        return list(flat.cpu().split([sequence.response_length for sequence in sequences]))
+
+    def train_step(self, sequences: Sequence[LossSequence], loss: TokenLoss[S]) -> StepResult[S]:
+        """One optimizer step on one mini-batch, the same list on every rank.
+
+        A loss or gradient that is not finite leaves weights and optimizer state untouched.
+        """
+        micro_batches = plan_rank_micro_batches(
+            sequences, self._schedule, self._batch.tokens_per_micro_batch
+        )
+
+        def compute(
+            batch: MicroBatch, tokens: LocalTokens, logprobs: Tensor, entropy: Tensor
+        ) -> tuple[Tensor, S]:
+            value = loss.loss(logprobs, tokens)
+            return value, loss.statistics(logprobs.detach(), entropy.detach(), tokens)
+
+        zero_gradients(self._models, self._optimizer)
+        parts = run_schedule(self._schedule, micro_batches, compute, forward_only=False)
+        # The tensor-parallel ranks hold the same statistics: one of them speaks.
+        metrics = loss.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
+        lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps)
+        set_learning_rate(self._optimizer, self._optim, lr)
+        grad_norm = gradient_norm(self._optimizer)
+        skipped = _not_finite(metrics, grad_norm)
+        if skipped is None:
+            apply_gradients(self._optimizer)
+        self.optimizer_steps += 1
+        return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
+
+    def write_weights(self, view: Callable[[str], Tensor]) -> None:
+        """Write the model into full Hugging Face tensors; on return all ranks have written."""
+        write_hf_weights(self._chunks, self._table, self.info, view)
+
+    def save(self, path: Path, trainer_state: dict[str, Any]) -> None:
+        """Save weights, optimizer and `trainer_state` as a distributed checkpoint."""
+        state = {"optimizer_steps": self.optimizer_steps, **trainer_state}
+        save_checkpoint(path, self._chunks, self._optimizer, state)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint of any layout; returns its trainer state."""
+        state = load_checkpoint(path, self._chunks, self._optimizer)
+        self.optimizer_steps = state["optimizer_steps"]
+        return state
+
+
+def _all_reduce(tensor: Tensor, op: Any) -> None:
+    """In place over the world, whatever device the tensor is on."""
+    moved = tensor.to(device.current())
+    dist.all_reduce(moved, op=op)
+    tensor.copy_(moved)
+
+
+def _not_finite(metrics: dict[str, float], grad_norm: float) -> str | None:
+    """Which number of a step is not finite. Reduced over all ranks, so all of them agree."""
+    for name, value in [*metrics.items(), ("gradient norm", grad_norm)]:
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    return None

@@ -1,0 +1,168 @@
+"""Micro-batches through Megatron's pipeline schedules: one forward, or forward and backward."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cpgd.data.packing import build_micro_batch, micro_batch_shape
+from megatron_cpgd.data.plan import BatchFormat, plan_micro_batches
+from megatron_cpgd.policy import device
+from megatron_cpgd.policy.context_parallel import packed_rank_positions, rank_positions
+from megatron_cpgd.policy.logprobs import LogprobSettings, chunked_logprobs
+from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.types import LossSequence, MicroBatch
+
+LocalTokens = dict[str, Tensor]
+"""Tensors of one micro-batch at this context-parallel rank's positions, [B, S / cp] each."""
+
+MicroBatchFunction = Callable[[MicroBatch, LocalTokens, Tensor, Tensor], tuple[Tensor | None, Any]]
+"""(micro-batch, local tokens, logprobs, entropy) -> (loss to differentiate or None, result)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What stays the same from batch to batch."""
+
+    models: list[torch.nn.Module]
+    """This rank's pipeline chunks."""
+    info: ParallelInfo
+    logprobs: LogprobSettings
+    batch_format: BatchFormat
+
+
+def plan_rank_micro_batches(
+    sequences: Sequence[LossSequence], schedule: Schedule, token_budget: int
+) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches. Every rank gets the same number of them."""
+    info = schedule.info
+    lengths = [sequence.length for sequence in sequences]
+    plan = plan_micro_batches(
+        lengths,
+        dp_size=info.dp_size,
+        token_budget=token_budget,
+        format=schedule.batch_format,
+        align=info.sequence_multiple,
+        multiple_of=info.pp_size if info.vpp_size > 1 else 1,
+        common_shape=info.pp_size > 1,
+    )
+    unit: dict[str, Any] = {
+        "format": schedule.batch_format,
+        "align": info.sequence_multiple,
+        "total_multiple": info.total_multiple,
+    }
+    shape = None  # pipeline stages exchange tensors of one shape
+    if info.pp_size > 1:
+        shape = micro_batch_shape(plan, lengths, **unit)
+    return [
+        build_micro_batch(
+            sequences,
+            indices,
+            tensor_names=list(sequences[0].tensors),
+            length=shape and shape.length,
+            rows=shape and shape.rows,
+            **unit,
+        )
+        for indices in plan[info.dp_rank]
+    ]
+
+
+def run_schedule(
+    schedule: Schedule,
+    micro_batches: list[MicroBatch],
+    function: MicroBatchFunction,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Results of `function` for each micro-batch; empty but on the last pipeline stage.
+
+    Collective over the world. The loss that `function` returns is a plain sum: gradients add up
+    over micro-batches, data-parallel and context-parallel ranks.
+    """
+    info = schedule.info
+    # Megatron divides by the micro-batches and, in DDP, by the replicas; undo both.
+    scale = len(micro_batches) * info.replica_size
+    iterators = [iter(micro_batches) for _ in schedule.models]
+    rows, length = micro_batches[0].input_ids.shape
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, schedule, function, scale),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=schedule.models if len(schedule.models) > 1 else schedule.models[0],
+        num_microbatches=len(micro_batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _forward_step(
+    schedule: Schedule,
+    function: MicroBatchFunction,
+    scale: int,
+    iterator: Iterator[MicroBatch],
+    model: torch.nn.Module,
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
+    """Megatron's forward_step_func."""
+    batch = next(iterator)
+    local = _local_tokens(batch, schedule.info)
+    output = model(
+        local["input_ids"],
+        local["position_ids"],
+        None,
+        labels=local["targets"],
+        packed_seq_params=_packed_seq_params(batch),
+        output_processor=chunked_logprobs,
+        output_processor_context=schedule.logprobs,
+    )
+
+    def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Megatron's loss_func; the 3-tuple keeps it from scaling by the context parallel size."""
+        logprobs, entropy = output
+        loss, result = function(batch, local, logprobs, entropy)
+        if loss is None:
+            loss = logprobs.new_zeros(())
+        return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), result
+
+    return output, loss_func
+
+
+def local_positions(batch: MicroBatch, info: ParallelInfo) -> Tensor:
+    """[S / cp] columns of the micro-batch that this context-parallel rank computes."""
+    if batch.cu_seqlens is not None:
+        return packed_rank_positions(batch.cu_seqlens, rank=info.cp_rank, size=info.cp_size)
+    return rank_positions(batch.input_ids.size(1), rank=info.cp_rank, size=info.cp_size)
+
+
+def _local_tokens(batch: MicroBatch, info: ParallelInfo) -> LocalTokens:
+    positions = local_positions(batch, info)
+    tensors = {
+        "input_ids": batch.input_ids,
+        "targets": batch.targets,
+        "position_ids": batch.position_ids,
+        "loss_mask": batch.loss_mask,
+        **batch.tensors,
+    }
+    return {name: x[:, positions].to(device.current()) for name, x in tensors.items()}
+
+
+def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
+    if batch.cu_seqlens is None:
+        return None
+    boundaries = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device.current())
+    longest = int(boundaries.diff().max())
+    # Padding counts as part of its sequence: it comes last, so no real token attends to it.
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,59 @@
+"""One refresh of the engine: every rank writes its share, the engine loads, both sums agree."""
+
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.rollout.engine import RolloutEngine
+from megatron_cpgd.weights.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+
+class WeightWriter(Protocol):
+    """The part of a policy that a sync needs."""
+
+    def write_weights(self, view: "TensorView") -> None:
+        """Write this rank's share of the full HF tensors and wait for the others."""
+
+
+class TensorView(Protocol):
+    """A tensor of the arena by its HF name."""
+
+    def __call__(self, name: str, /) -> Tensor: ...
+
+
+def sync_weights(
+    policy: WeightWriter, engine: RolloutEngine | None, arena: TensorFile, *, version: int
+) -> dict[str, float]:
+    """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
+
+    Nobody writes the arena again before rank 0 broadcasts the next rollouts, and that happens
+    after the engine has read it.
+
+    Returns:
+        Metrics, on rank 0; the digest's first 48 bits identify the weights as a number.
+
+    Raises:
+        WeightSyncError: on rank 0, the engine did not load what the policy wrote.
+    """
+    policy.write_weights(arena.view)
+    if engine is None:
+        return {}
+    expected = arena.digest()
+    report = engine.refresh(arena.path, version)
+    if report.digest != expected:
+        raise WeightSyncError(
+            f"weight sync, version {version}: the policy wrote {expected}, the engine read "
+            f"{report.digest}; the shared memory at {arena.path} was changed in between"
+        )
+    logger.debug("engine at version %d, digest %s", version, report.digest)
+    return {"weights/version": version, "weights/bytes": report.nbytes}
+
+
+def rollout_dtype(precision: str) -> torch.dtype:
+    """Dtype of the arena: that of the engine's weights."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -1,0 +1,90 @@
+"""Tiny random Hugging Face models and batches; every process makes the same ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.types import LossSequence
+
+ARCHITECTURES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,  # odd: the padding of the vocabulary is part of every test
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+
+
+def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
+    """Save a random fp32 model to `path` and return it, in eval mode.
+
+    Norms and biases get random values too: at their initial 1 and 0 they would hide mistakes.
+    """
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    torch.manual_seed(7)
+    model = model_class(config_class(**{**SIZES, **extra, **overrides})).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return model
+
+
+def tiny_config(model_path: Path, **sections: Any) -> ExperimentConfig:
+    """A configuration for the policy alone; `sections` replace whole sections."""
+    return ExperimentConfig.model_validate(
+        {
+            "run": {"dir": "unused", "steps": 10},
+            "model": {"path": model_path},
+            "data": {"path": "unused.jsonl"},
+            "rewards": {"functions": [{"type": "exact_match"}]},
+            "precision": {"train": "fp32"},
+            "optim": {"lr": 1e-3},
+            "batch": {"tokens_per_micro_batch": 48, "logprob_chunk_tokens": 20},
+            **sections,
+        }
+    )
+
+
+def tiny_sequences(vocab_size: int = 131, groups: int = 4, size: int = 3) -> list[LossSequence]:
+    """Ragged sequences, some without a response, with random advantages of both signs."""
+    generator = torch.Generator().manual_seed(11)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    sequences = []
+    for i in range(groups * size):
+        prompt, response = number(1, 9), 0 if i == 5 else number(1, 20)
+        sequences.append(
+            LossSequence(
+                input_ids=torch.randint(vocab_size, (prompt + response,), generator=generator),
+                prompt_length=prompt,
+                tensors={
+                    "advantages": torch.randn(1, generator=generator).expand(response).clone(),
+                    "coefficients": torch.full((response,), 0.01 * (1 + i % groups)),
+                },
+            )
+        )
+    return sequences
