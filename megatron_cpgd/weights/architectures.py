@@ -1,0 +1,170 @@
+"""The weight tables of the supported architectures, one function each.
+
+Megatron names: megatron-core 0.19 GPTModel. HF names: the files that transformers 5 saves.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.table import (
+    Entry,
+    Ignored,
+    WeightTable,
+    gated_mlp,
+    qkv,
+    rename,
+    vocab,
+)
+
+HfConfig = Mapping[str, Any]
+"""config.json, parsed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseDecoder:
+    """What decides names and shapes of a dense decoder with a gated MLP."""
+
+    vocab: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head."""
+
+
+def llama(config: HfConfig) -> DenseDecoder:
+    """Llama 3."""
+    attention_bias = bool(config.get("attention_bias", False))
+    return _dense_decoder(
+        config,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def qwen2(config: HfConfig) -> DenseDecoder:
+    """Qwen2 and Qwen2.5: biases on query, key and value, always."""
+    return _dense_decoder(config, qkv_bias=True)
+
+
+def qwen3(config: HfConfig) -> DenseDecoder:
+    """Qwen3: query and key norms."""
+    attention_bias = bool(config.get("attention_bias", False))
+    # transformers takes 128, not hidden / heads, when the file has no head_dim.
+    config = {"head_dim": 128, **config}
+    return _dense_decoder(config, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True)
+
+
+def dense_table(model: DenseDecoder) -> WeightTable:
+    """The table of a dense decoder."""
+    embedding_shape = (model.vocab, model.hidden)
+    embedding = "model.embed_tokens.weight"
+    ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
+    if model.tied:
+        ignored.append(Ignored(r"lm_head\.weight", "tied to the embedding by config.json"))
+    head = embedding if model.tied else "lm_head.weight"
+    entries = [vocab("embedding.word_embeddings.weight", embedding, embedding_shape)]
+    for layer in range(model.layers):
+        entries += _attention(model, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        entries += _mlp(model, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+    entries.append(
+        rename(("decoder.final_layernorm.weight",), "model.norm.weight", (model.hidden,))
+    )
+    # A tied head exists under pipeline parallelism, where the last stage keeps its own copy.
+    entries.append(vocab("output_layer.weight", head, embedding_shape, alias=model.tied))
+    return WeightTable(tuple(entries), tuple(ignored))
+
+
+def _attention(model: DenseDecoder, megatron: str, hf: str) -> Iterator[Entry]:
+    """Norm and self-attention of one layer; the arguments are the name prefixes of the layer."""
+    attention, hf_attention = f"{megatron}self_attention.", f"{hf}self_attn."
+    norm_names = (f"{megatron}input_layernorm.weight", f"{attention}linear_qkv.layer_norm_weight")
+    yield rename(norm_names, f"{hf}input_layernorm.weight", (model.hidden,))
+    columns: dict[str, tuple[int, ...]] = {"weight": (model.hidden,), "bias": ()}
+    for kind in _kinds(bias=model.qkv_bias):
+        yield qkv(
+            f"{attention}linear_qkv.{kind}",
+            f"{hf_attention}{{}}_proj.{kind}",
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            columns=columns[kind],
+        )
+    yield from _row_parallel(
+        f"{attention}linear_proj",
+        f"{hf_attention}o_proj",
+        (model.hidden, model.heads * model.head_dim),
+        bias=model.output_bias,
+    )
+    if model.qk_norm:
+        for side in "qk":
+            name = (f"{attention}{side}_layernorm.weight",)
+            yield rename(name, f"{hf_attention}{side}_norm.weight", (model.head_dim,))
+
+
+def _mlp(model: DenseDecoder, megatron: str, hf: str) -> Iterator[Entry]:
+    """Norm and gated MLP of one layer; the arguments are the name prefixes of the layer."""
+    mlp, hf_mlp = f"{megatron}mlp.", f"{hf}mlp."
+    norm_names = (f"{megatron}pre_mlp_layernorm.weight", f"{mlp}linear_fc1.layer_norm_weight")
+    yield rename(norm_names, f"{hf}post_attention_layernorm.weight", (model.hidden,))
+    shapes = {"weight": (model.intermediate, model.hidden), "bias": (model.intermediate,)}
+    for kind in _kinds(bias=model.mlp_bias):
+        yield gated_mlp(f"{mlp}linear_fc1.{kind}", f"{hf_mlp}{{}}_proj.{kind}", shapes[kind])
+    yield from _row_parallel(
+        f"{mlp}linear_fc2",
+        f"{hf_mlp}down_proj",
+        (model.hidden, model.intermediate),
+        bias=model.mlp_bias,
+    )
+
+
+def _row_parallel(megatron: str, hf: str, shape: tuple[int, int], *, bias: bool) -> Iterator[Entry]:
+    """A linear layer whose input is cut; its bias is added once, after the sum over ranks."""
+    yield rename((f"{megatron}.weight",), f"{hf}.weight", shape, "columns")
+    if bias:
+        yield rename((f"{megatron}.bias",), f"{hf}.bias", shape[:1])
+
+
+def _kinds(*, bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
+
+
+def _dense_decoder(config: HfConfig, **options: bool) -> DenseDecoder:
+    heads = _positive(config, "num_attention_heads")
+    kv_heads = _positive(config, "num_key_value_heads")
+    hidden = _positive(config, "hidden_size")
+    if heads % kv_heads:
+        raise ConversionError(
+            f"config.json: num_key_value_heads={kv_heads} does not divide "
+            f"num_attention_heads={heads}"
+        )
+    has_head_dim = config.get("head_dim") is not None
+    return DenseDecoder(
+        vocab=_positive(config, "vocab_size"),
+        layers=_positive(config, "num_hidden_layers"),
+        hidden=hidden,
+        intermediate=_positive(config, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_positive(config, "head_dim") if has_head_dim else hidden // heads,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        **options,
+    )
+
+
+def _positive(config: HfConfig, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConversionError(f"config.json: {key}={value!r}, expected a positive integer")
+    return value

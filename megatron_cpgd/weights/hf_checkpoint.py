@@ -1,0 +1,150 @@
+"""A Hugging Face checkpoint on disk: its configuration, and slices of its tensors."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.table import Index, WeightTable, raise_problems
+from megatron_cpgd.weights.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class HfCheckpoint:
+    """All safetensors files of a folder, mapped; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: list[TensorFile]) -> None:
+        """Use `open`."""
+        self.path = path
+        self.config = config
+        """config.json, parsed."""
+        self._files = files
+        self._file_of = {name: file for file in files for name in file.names}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Map the files of a checkpoint folder.
+
+        Raises:
+            ConversionError: a file is missing, cut off or damaged; the message names it.
+        """
+        config = read_config(path)
+        listed = _listed_tensors(path)
+        names = sorted(set(listed.values())) if listed is not None else [SINGLE_FILE]
+        missing = [name for name in names if not (path / name).is_file()]
+        raise_problems(f"{path}", [f"{name} is missing; download it" for name in missing])
+        checkpoint = cls(path, config, [TensorFile.open(path / name) for name in names])
+        checkpoint._check_index(listed or {})
+        return checkpoint
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._file_of[name].slots[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of a tensor."""
+        return self._file_of[name].slots[name].dtype
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A copy of one slice; only the pages it touches are read from disk."""
+        return self._file_of[name].view(name)[index].clone()
+
+    def check(self, table: WeightTable) -> None:
+        """Compare names, shapes and dtypes with the model.
+
+        Raises:
+            ConversionError: lists every tensor that is missing, unknown or does not fit.
+        """
+        problems = []
+        for name, shape in table.hf_shapes.items():
+            if name not in self._file_of:
+                problems.append(f"{name} {list(shape)} is missing")
+            elif self.shape(name) != shape:
+                problems.append(
+                    f"{name}: expected {list(shape)}, file has {list(self.shape(name))}"
+                )
+            elif self.dtype(name) not in FLOAT_DTYPES:
+                problems.append(f"{name}: {self.dtype(name)} is not a supported number format")
+        for name in self.names:
+            if name in table.hf_shapes:
+                continue
+            if reason := table.ignore_reason(name):
+                logger.info("%s: %s is left out: %s", self.path, name, reason)
+            else:
+                problems.append(f"{name} {list(self.shape(name))} is not part of the model")
+        raise_problems(f"{self.path} does not fit its config.json", problems)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_index(self, listed: dict[str, str]) -> None:
+        problems = [
+            f"{name}: listed in {INDEX_FILE}, but not in {shard}"
+            for name, shard in listed.items()
+            if name not in self._file_of or self._file_of[name].path.name != shard
+        ]
+        raise_problems(f"{self.path}", problems)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        ConversionError: missing or not a JSON object.
+    """
+    return _read_json_object(path / "config.json")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot read the file: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _listed_tensors(path: Path) -> dict[str, str] | None:
+    """File name by tensor name from the index, or None for a checkpoint in a single file."""
+    if (path / INDEX_FILE).is_file():
+        weight_map = _read_json_object(path / INDEX_FILE).get("weight_map")
+        # A file name with a folder in it could reach outside the checkpoint.
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        ):
+            raise ConversionError(f"{path / INDEX_FILE}: weight_map does not map to file names")
+        return weight_map
+    if (path / SINGLE_FILE).is_file():
+        return None
+    pickled = sorted(path.glob("*.bin"))
+    if pickled:
+        raise ConversionError(
+            f"{path}: has only {pickled[0].name}, a pickle that could run code when it is read; "
+            f"use a safetensors version of the model"
+        )
+    raise ConversionError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")

@@ -1,0 +1,44 @@
+"""From a checkpoint's config.json to its weight table."""
+
+from collections.abc import Callable
+
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.architectures import (
+    DenseDecoder,
+    HfConfig,
+    dense_table,
+    llama,
+    qwen2,
+    qwen3,
+)
+from megatron_cpgd.weights.table import WeightTable
+
+ARCHITECTURES: dict[str, Callable[[HfConfig], DenseDecoder]] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
+"""By `model_type` of config.json."""
+
+
+def weight_table(hf_config: HfConfig) -> WeightTable:
+    """The table of a model.
+
+    Args:
+        hf_config: its config.json as a plain dict, as transformers 5 writes it.
+
+    Raises:
+        ConversionError: the architecture or one of its options is not supported.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConversionError(
+            f"config.json: model_type={model_type!r} is not supported; supported are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    if hf_config.get("quantization_config") is not None:
+        raise ConversionError(
+            "config.json: quantization_config is set; quantised checkpoints are not supported, "
+            "use the bfloat16 release of the model"
+        )
+    return dense_table(ARCHITECTURES[model_type](hf_config))

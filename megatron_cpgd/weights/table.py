@@ -1,0 +1,328 @@
+"""The map between Megatron parameters and Hugging Face tensors, as data that is read both ways.
+
+A global (unsharded) Megatron tensor is a list of row ranges of HF tensors. The shard of one
+tensor-parallel rank cuts these ranges into boxes; loading copies each box from the HF tensor to the
+shard, export copies the same box back, so the two directions are inverse by construction.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_cpgd.errors import ConversionError
+
+Split = Literal["rows", "columns", "replicated"]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`rows` full rows of an HF tensor that are rows of the global Megatron tensor."""
+
+    hf: str
+    hf_row: int
+    rows: int
+    megatron_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Numbers that an HF tensor and the local shard share: [rows] or [rows, columns] of each."""
+
+    hf: str
+    hf_index: Index
+    local_index: Index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One Megatron parameter."""
+
+    names: tuple[str, ...]
+    """Its spellings with global layer index: local layer spec, then Transformer Engine spec."""
+    shape: tuple[int, ...]
+    """Global shape, without vocabulary padding."""
+    split: Split
+    """What tensor parallelism cuts."""
+    segments: tuple[Segment, ...]
+    """Tile the rows of the global tensor."""
+    stride: int = 1
+    """Row blocks that are cut one by one: 2 for a gated MLP, whose rank r holds [gate_r; up_r]."""
+    padded: bool = False
+    """Megatron may append rows (vocabulary padding) that no HF tensor has."""
+    alias: bool = False
+    """A second Megatron copy of an HF tensor (tied embeddings): loaded, never exported."""
+
+    @property
+    def name(self) -> str:
+        """The spelling of the local layer spec."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Tensors of a checkpoint that the model does not need."""
+
+    pattern: str
+    """Regular expression that matches the whole HF name."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """Every parameter of one model, in layer order."""
+
+    entries: tuple[Entry, ...]
+    ignored: tuple[Ignored, ...] = ()
+
+    @cached_property
+    def _entry_by_name(self) -> dict[str, Entry]:
+        return {name: entry for entry in self.entries for name in entry.names}
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every HF tensor by name: embedding, layers, final norm, head unless tied."""
+        rows: dict[str, int] = {}
+        columns: dict[str, tuple[int, ...]] = {}
+        for entry in self.entries:
+            for segment in entry.segments:
+                end = segment.hf_row + segment.rows
+                rows[segment.hf] = max(rows.get(segment.hf, 0), end)
+                columns[segment.hf] = entry.shape[1:]
+        return {name: (rows[name], *columns[name]) for name in rows}
+
+    def entry(self, megatron_name: str) -> Entry:
+        """The entry of a parameter, under either spelling.
+
+        Raises:
+            ConversionError: the architecture has no such parameter.
+        """
+        try:
+            return self._entry_by_name[megatron_name]
+        except KeyError:
+            raise ConversionError(
+                f"Megatron parameter {megatron_name} has no Hugging Face counterpart in the weight "
+                f"table; the table has e.g. {self.entries[0].name}; check model.megatron"
+            ) from None
+
+    def ignore_reason(self, hf_name: str) -> str | None:
+        """Why a tensor of the checkpoint may be left out, or None if it may not."""
+        for ignored in self.ignored:
+            if re.fullmatch(ignored.pattern, hf_name):
+                return ignored.reason
+        return None
+
+    def check_written(self, elements: Mapping[str, int]) -> None:
+        """Prove that an export is complete.
+
+        Args:
+            elements: by HF name, the sum over all ranks of what `export_tensor` returned.
+
+        Raises:
+            ConversionError: names every tensor that was not written once and whole.
+        """
+        expected = {name: math.prod(shape) for name, shape in self.hf_shapes.items()}
+        wrong = [
+            f"{name}: {elements.get(name, 0)} of {expected.get(name, 0)} elements written"
+            for name in expected | dict(elements)
+            if elements.get(name, 0) != expected.get(name, 0)
+        ]
+        raise_problems("incomplete export", wrong)
+
+    def check_tiling(self) -> None:
+        """Assert that segments cover each Megatron and each HF tensor once, without gaps."""
+        hf_ranges: dict[str, list[tuple[int, int]]] = {}
+        for entry in self.entries:
+            ranges = [(s.megatron_row, s.megatron_row + s.rows) for s in entry.segments]
+            assert _tiles(ranges, entry.shape[0]), f"{entry.name}: {ranges} of {entry.shape}"
+            for s in () if entry.alias else entry.segments:
+                hf_ranges.setdefault(s.hf, []).append((s.hf_row, s.hf_row + s.rows))
+                assert self.hf_shapes[s.hf][1:] == entry.shape[1:], f"{s} of {entry.name}"
+        for name, shape in self.hf_shapes.items():
+            assert _tiles(hf_ranges[name], shape[0]), f"{name}: {hf_ranges[name]} of {shape}"
+
+
+def rename(
+    names: tuple[str, ...], hf: str, shape: tuple[int, ...], split: Split = "replicated"
+) -> Entry:
+    """A parameter that equals one HF tensor."""
+    return Entry(names=names, shape=shape, split=split, segments=(Segment(hf, 0, shape[0], 0),))
+
+
+def vocab(name: str, hf: str, shape: tuple[int, int], *, alias: bool = False) -> Entry:
+    """An embedding or output matrix, [vocabulary, hidden], cut and padded along the vocabulary."""
+    segments = (Segment(hf, 0, shape[0], 0),)
+    return Entry(
+        names=(name,), shape=shape, split="rows", segments=segments, padded=True, alias=alias
+    )
+
+
+def qkv(
+    name: str,
+    hf: str,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    columns: tuple[int, ...],
+) -> Entry:
+    """Query, key and value projections, interleaved by KV group: [q .. q, k, v] for each group.
+
+    Args:
+        hf: name of the HF tensors, with `{}` in place of q, k and v.
+        columns: (hidden,) for weights, () for biases.
+    """
+    # A query group has heads / kv_heads query heads, then one key and one value head.
+    sizes = (heads // kv_heads * head_dim, head_dim, head_dim)
+    segments = []
+    row = 0
+    for group in range(kv_heads):
+        for tensor, size in zip("qkv", sizes, strict=True):
+            segments.append(Segment(hf.format(tensor), group * size, size, row))
+            row += size
+    return Entry(names=(name,), shape=(row, *columns), split="rows", segments=tuple(segments))
+
+
+def gated_mlp(name: str, hf: str, shape: tuple[int, ...]) -> Entry:
+    """Gate and up projections, [gate; up], cut so that every rank has rows of both.
+
+    Args:
+        hf: name of the HF tensors, with `{}` in place of gate and up.
+        shape: of each of the two, [intermediate] or [intermediate, hidden].
+    """
+    rows = shape[0]
+    segments = (
+        Segment(hf.format("gate"), 0, rows, 0),
+        Segment(hf.format("up"), 0, rows, rows),
+    )
+    return Entry(
+        names=(name,), shape=(2 * rows, *shape[1:]), split="rows", segments=segments, stride=2
+    )
+
+
+def boxes(entry: Entry, *, tp_rank: int, tp_size: int, local_shape: tuple[int, ...]) -> list[Box]:
+    """What the shard of one tensor-parallel rank shares with the HF tensors.
+
+    Args:
+        local_shape: of the shard, including vocabulary padding; padding rows are in no box.
+
+    Raises:
+        ConversionError: the shard is not an even cut of the entry's global shape.
+    """
+    assert 0 <= tp_rank < tp_size, f"{tp_rank=} {tp_size=}"
+    _check_local_shape(entry, tp_size, local_shape)
+    local_columns = tuple(slice(0, size) for size in local_shape[1:])
+    hf_columns = local_columns
+    if entry.split == "columns":
+        hf_columns = (slice(tp_rank * local_shape[1], (tp_rank + 1) * local_shape[1]),)
+    result = []
+    for global_row, local_row, rows in _row_blocks(entry, tp_rank, tp_size, local_shape[0]):
+        for segment in entry.segments:
+            low = max(segment.megatron_row, global_row)
+            high = min(segment.megatron_row + segment.rows, global_row + rows)
+            if low >= high:
+                continue
+            hf_row = segment.hf_row + low - segment.megatron_row
+            row = local_row + low - global_row
+            hf_index = (slice(hf_row, hf_row + high - low), *hf_columns)
+            local_index = (slice(row, row + high - low), *local_columns)
+            result.append(Box(segment.hf, hf_index, local_index))
+    return result
+
+
+def import_tensor(
+    entry: Entry,
+    local: Tensor,
+    read: Callable[[str, Index], Tensor],
+    *,
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Fill the shard of one rank in place; vocabulary padding becomes zero.
+
+    Args:
+        local: the parameter's data; dtype and device may differ from the checkpoint's.
+        read: `HfCheckpoint.read`, or anything that gives a slice of an HF tensor.
+    """
+    if entry.padded:
+        local.zero_()
+    for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
+        local[box.local_index].copy_(read(box.hf, box.hf_index))
+
+
+def export_tensor(
+    entry: Entry,
+    local: Tensor,
+    view: Callable[[str], Tensor],
+    *,
+    tp_rank: int,
+    tp_size: int,
+) -> dict[str, int]:
+    """Write the shard of one rank into full HF tensors, in place.
+
+    Called by all tensor-parallel ranks of one data- and context-parallel replica, it writes every
+    element once: aliases are skipped, and replicated parameters come from rank 0.
+
+    Args:
+        view: gives the full HF tensor of a name: `TensorFile.view` or `HfWriter.view`.
+
+    Returns:
+        Elements written by HF name, for `WeightTable.check_written`.
+    """
+    written: dict[str, int] = {}
+    if entry.alias or (entry.split == "replicated" and tp_rank > 0):
+        return written
+    for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
+        part = local[box.local_index]
+        view(box.hf)[box.hf_index].copy_(part)
+        written[box.hf] = written.get(box.hf, 0) + part.numel()
+    return written
+
+
+def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:
+    """One ConversionError that lists the problems, if there are any."""
+    if not problems:
+        return
+    lines = problems[:limit]
+    if len(problems) > limit:
+        lines.append(f"and {len(problems) - limit} more")
+    raise ConversionError("\n  ".join([f"{where}: {len(problems)} problem(s)", *lines]))
+
+
+def _check_local_shape(entry: Entry, tp_size: int, local_shape: tuple[int, ...]) -> None:
+    factors = {"rows": (tp_size, 1), "columns": (1, tp_size), "replicated": (1, 1)}[entry.split]
+    # A bias has no second dimension, hence no strict zip.
+    whole = [size * factor for size, factor in zip(local_shape, factors, strict=False)]
+    if entry.padded:
+        whole[0] = min(whole[0], entry.shape[0])
+    if tuple(whole) != entry.shape or local_shape[0] % entry.stride:
+        raise ConversionError(
+            f"{entry.name}: a shard {list(local_shape)} of tp={tp_size} cut by {entry.split} does "
+            f"not fit the checkpoint's {list(entry.shape)}; check config.json and parallel.tp"
+        )
+
+
+def _row_blocks(
+    entry: Entry, tp_rank: int, tp_size: int, local_rows: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first global row, first local row, rows) of each contiguous block of the shard."""
+    if entry.split != "rows":
+        yield 0, 0, local_rows
+        return
+    rows = local_rows // entry.stride
+    for block in range(entry.stride):
+        yield (block * tp_size + tp_rank) * rows, block * rows, rows
+
+
+def _tiles(ranges: list[tuple[int, int]], length: int) -> bool:
+    end = 0
+    for start, stop in sorted(ranges):
+        if start != end:
+            return False
+        end = stop
+    return end == length

@@ -1,0 +1,168 @@
+"""The tables against what transformers saves and what Megatron-Core builds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
+from megatron_cpgd.weights.registry import weight_table
+
+BASE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "vocab_size": 37,
+}
+MODELS = {
+    "llama": (LlamaConfig, {}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-attention-bias": (LlamaConfig, {"attention_bias": True}),
+    "llama-mlp-bias": (LlamaConfig, {"mlp_bias": True}),
+    "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
+    "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True, "num_hidden_layers": 3}),
+    "qwen2-one-kv-head": (Qwen2Config, {"num_key_value_heads": 1}),
+    "qwen3": (Qwen3Config, {}),
+    "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 12}),
+    "qwen3-attention-bias": (Qwen3Config, {"attention_bias": True, "head_dim": 12}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_table_has_exactly_the_tensors_that_transformers_saves(model: str, tmp_path: Path) -> None:
+    config_class, options = MODELS[model]
+    AutoModelForCausalLM.from_config(config_class(**BASE | options)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    table = weight_table(config)
+    table.check_tiling()
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert table.hf_shapes == saved
+    with HfCheckpoint.open(tmp_path) as checkpoint:
+        checkpoint.check(table)
+
+
+def test_tensors_come_in_layer_order() -> None:
+    names = list(weight_table({"model_type": "qwen2", **BASE}).hf_shapes)
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layers = [int(name.split(".")[2]) for name in names[1:-2]]
+    # 2 layers of 2 norms, 3 qkv weights, 3 qkv biases, o, gate, up, down.
+    assert layers == [0] * 12 + [1] * 12
+
+
+def test_both_layer_specs_lead_to_the_same_entry() -> None:
+    table = weight_table({"model_type": "qwen3", **BASE})
+    layer = "decoder.layers.1."
+    for local, fused, hf in (
+        ("input_layernorm", "self_attention.linear_qkv.layer_norm", "input_layernorm"),
+        ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm", "post_attention_layernorm"),
+    ):
+        entry = table.entry(f"{layer}{local}.weight")
+        assert table.entry(f"{layer}{fused}_weight") is entry
+        assert [segment.hf for segment in entry.segments] == [f"model.layers.1.{hf}.weight"]
+
+
+def test_a_tied_head_is_an_alias_of_the_embedding() -> None:
+    config = {"model_type": "qwen2", **BASE, "tie_word_embeddings": True}
+    table = weight_table(config)
+    head = table.entry("output_layer.weight")
+    assert head.alias and head.segments[0].hf == "model.embed_tokens.weight"
+    assert table.ignore_reason("lm_head.weight")
+    untied = weight_table(config | {"tie_word_embeddings": False})
+    assert not untied.entry("output_layer.weight").alias
+    assert untied.ignore_reason("lm_head.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported.*llama, qwen2, qwen3"),
+        ({"model_type": None}, "model_type=None"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide.*=6"),
+        ({"num_key_value_heads": None}, "num_key_value_heads=None, expected a positive integer"),
+        ({"vocab_size": "37"}, "vocab_size='37'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    ],
+)
+def test_an_unsupported_config_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        weight_table({"model_type": "llama", **BASE, **change})
+
+
+MEGATRON_OPTIONS = {
+    "llama": {},
+    "llama-mlp-bias": {"add_bias_linear": True},
+    "qwen2-tied": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 128},
+}
+"""What the entries of MODELS mean for Megatron-Core."""
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Megatron's groups of a single process."""
+    from megatron.core import parallel_state
+
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("model", MEGATRON_OPTIONS)
+def test_every_megatron_parameter_has_one_entry_of_its_shape(model: str, one_rank: None) -> None:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config_class, options = MODELS[model]
+    config = config_class(**BASE | options).to_dict()
+    if model == "llama-mlp-bias":
+        # Megatron has one switch for the biases of attention and MLP.
+        config["attention_bias"] = True
+    table = weight_table(config)
+    settings = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 20,
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "use_cpu_initialization": True,
+    }
+    megatron = GPTModel(
+        config=TransformerConfig(**settings | MEGATRON_OPTIONS[model]),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            qk_layernorm=model == "qwen3", normalization="RMSNorm"
+        ),
+        vocab_size=40,  # 37 words and 3 rows of padding
+        max_sequence_length=16,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=table.entry("output_layer.weight").alias,
+    )
+    seen = []
+    for name, parameter in megatron.named_parameters():
+        entry = table.entry(name)
+        seen.append(entry.name)
+        rows = 40 if entry.padded else entry.shape[0]
+        assert tuple(parameter.shape) == (rows, *entry.shape[1:]), name
+        assert getattr(parameter, "tensor_model_parallel", False) == (entry.split != "replicated")
+        if entry.split != "replicated":
+            assert parameter.partition_dim == {"rows": 0, "columns": 1}[entry.split], name
+            assert parameter.partition_stride == entry.stride, name
+    assert sorted(seen) == sorted(entry.name for entry in table.entries if not entry.alias)
