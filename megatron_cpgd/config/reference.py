@@ -92,11 +92,7 @@ def iter_settings(
     """
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
-        value = (
-            getattr(default, name)
-            if default is not None
-            else field.get_default(call_default_factory=True)
-        )
+        value = getattr(default, name) if default is not None else _default(field)
         if sections(field.annotation):
             yield from _iter_sections(field.annotation, path, value)
             continue
@@ -140,14 +136,17 @@ def format_reference() -> str:
     lines: list[str] = []
     for name, field in ExperimentConfig.model_fields.items():
         section = sections(field.annotation)[0]
-        default = None if field.is_required() else field.get_default()
         lines += [f"### `{name}`", "", " ".join((section.__doc__ or "").split()), ""]
         lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
-        for setting in iter_settings(section, f"{name}.", default):
+        for setting in iter_settings(section, f"{name}.", _default(field)):
             cells = (f"`{setting.path}`", setting.type, setting.default, setting.meaning)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> Any:
+    return None if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _type_text(field: FieldInfo) -> str:

@@ -1,0 +1,51 @@
+"""The command line: `megatron-cpgd train | config | convert | report`.
+
+Each command is one thin file; what it needs is imported when it runs, so that checking a
+configuration takes no torch.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_cpgd.cli import config, convert, report, train
+from megatron_cpgd.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default: those of this process.
+
+    Returns:
+        Exit code: 0 success, 2 the user's input is wrong (its message is on stderr), 130 Ctrl-C.
+        Any other exception is a defect and propagates with its traceback (exit code 1).
+    """
+    arguments = _build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stderr.write(f"megatron-cpgd {arguments.command}: {error}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `megatron-cpgd config --schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-cpgd",
+        description="Stable RL post-training of large language models on Megatron-Core (CPGD).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in (train, config, convert, report):
+        command.add_parser(commands)
+    return parser

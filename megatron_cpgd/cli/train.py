@@ -1,0 +1,53 @@
+"""`megatron-cpgd train`: checks everything first, then starts the ranks or runs as one of them."""
+
+import argparse
+import os
+import sys
+
+from megatron_cpgd.cli.arguments import Commands, add_config_arguments
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import ConfigError
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a policy, or resume it",
+        description=(
+            "Trains, or resumes what is in run.dir. Starts the ranks of one machine itself; under "
+            "torchrun or srun, which set RANK, it runs as that rank."
+        ),
+    )
+    add_config_arguments(parser, required=True)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run as the rank that RANK names, or start all ranks on this machine."""
+    from megatron_cpgd.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    rank = os.environ.get("RANK")
+    if rank in (None, "0"):  # rank 0 will write config.yaml: the others would race with it
+        _check_run_folder(config)
+    if rank is not None:
+        from megatron_cpgd.train import train
+
+        train(config)
+        return 0
+    from megatron_cpgd.launch import launch_ranks
+    from megatron_cpgd.tracking.run_folder import RunFolder
+
+    command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
+    return launch_ranks(
+        [*command, *arguments.overrides], config.parallel.world_size, RunFolder(config.run.dir).logs
+    )
+
+
+def _check_run_folder(config: ExperimentConfig) -> None:
+    from megatron_cpgd.config.resume import check_resume
+
+    problems = check_resume(config, config.run.dir)
+    if problems:
+        raise ConfigError("\n  ".join([f"run.dir={config.run.dir} cannot be resumed:", *problems]))

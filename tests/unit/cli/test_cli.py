@@ -1,0 +1,172 @@
+"""The command line through real processes: exit codes and what the user sees."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_cpgd.cli import main
+
+
+def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_cpgd.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_config_prints_the_resolved_settings_on_stdout(run_yaml):
+    result = run_cli("config", run_yaml, "optim.lr=2e-6")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["optim"]["lr"] == 2e-6
+    assert result.stderr == ""
+
+
+def test_mistakes_end_with_exit_code_2_and_no_traceback(run_yaml):
+    result = run_cli("config", run_yaml, "optim.lrr=2", "run.steps=0")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "2 problems" in result.stderr
+    assert "optim.lrr: unknown setting; did you mean 'lr'?" in result.stderr
+
+
+def test_train_refuses_a_mistake_before_it_creates_anything(run_yaml):
+    result = run_cli("train", run_yaml, "parallel.tp=3")
+    assert result.returncode == 2
+    assert "parallel.tp=3 does not divide" in result.stderr
+    assert not (run_yaml.parent / "run").exists()
+
+
+def test_train_refuses_the_folder_of_another_run(run_yaml, capsys):
+    folder = run_yaml.parent / "run"
+    folder.mkdir()
+    assert main(["config", str(run_yaml)]) == 0
+    (folder / "config.yaml").write_text(capsys.readouterr().out)
+    assert main(["train", str(run_yaml), "optim.lr=2e-6"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: the run in" in message
+    assert "use another run.dir" in message
+
+
+def test_train_starts_itself_once_for_each_rank(run_yaml, monkeypatch):
+    calls = []
+    monkeypatch.setattr("megatron_cpgd.launch.launch_ranks", lambda *call: calls.append(call) or 9)
+    overrides = ["parallel.tp=2", "parallel.dp=2"]
+    assert main(["train", str(run_yaml), *overrides]) == 9
+    command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(run_yaml), *overrides]
+    assert calls == [(command, 4, run_yaml.parent / "run" / "logs")]
+
+
+def test_under_a_launcher_train_runs_as_that_rank(run_yaml, monkeypatch):
+    trained = []
+    loop = types.ModuleType("megatron_cpgd.train")
+    loop.train = trained.append
+    monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(run_yaml), "parallel.dp=2"]) == 0
+    assert trained[0].parallel.dp == 2
+    assert main(["train", str(run_yaml), "parallel.dp=4"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "function", "expected"),
+    [
+        (
+            ["hf-to-megatron", "a", "b", "--dtype", "fp32"],
+            "hf_to_megatron",
+            ((Path("a"), Path("b")), {"dtype": "fp32"}),
+        ),
+        (
+            ["megatron-to-hf", "a", "b", "--max-shard-gb", "0.5"],
+            "megatron_to_hf",
+            ((Path("a"), Path("b")), {"max_shard_bytes": 500_000_000}),
+        ),
+    ],
+)
+def test_convert_passes_its_arguments_on(monkeypatch, arguments, function, expected):
+    calls = []
+    converter = types.ModuleType("megatron_cpgd.policy.convert")
+    setattr(converter, function, lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setitem(sys.modules, "megatron_cpgd.policy.convert", converter)
+    assert main(["convert", *arguments]) == 0
+    assert calls == [expected]
+
+
+def test_checking_a_configuration_imports_no_heavy_library(run_yaml):
+    code = (
+        "import sys; from megatron_cpgd.cli import main; main(['config', sys.argv[1]]);"
+        "heavy = {'torch', 'megatron', 'vllm', 'transformers', 'numpy', 'matplotlib'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, run_yaml], capture_output=True, text=True)
+    assert result.stderr.strip() == ""
+
+
+def test_the_schema_needs_no_file(capsys):
+    assert main(["config", "--schema"]) == 0
+    assert "| `optim.lr` | number > 0 | 1e-06 |" in capsys.readouterr().out
+
+
+def test_config_without_file_says_what_to_give(capsys):
+    assert main(["config"]) == 2
+    assert "give a YAML file, or --schema" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m megatron_cpgd.cli config --schema | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout == "### `run`\n"
+    assert result.stderr == ""
+
+
+def test_a_defect_shows_its_traceback_and_exits_with_1(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()  # nobody expects a folder here
+    result = run_cli("report", tmp_path / "run")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_an_unknown_command_exits_with_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, tmp_path):
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_cpgd.tracking.metrics.read_metrics", interrupted)
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["report", str(tmp_path)]) == 130
+
+
+def test_report_prints_a_table_and_draws_a_plot(tmp_path, capsys):
+    rows = [{"step": step, "reward/mean": step / 2, "time/total_s": 30.0} for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("3 steps, 1.5 min\n")
+    assert str(tmp_path / "learning_curve.png") in out
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), ("", "no finished step"), ("{}\nx", ":1: not")]
+)
+def test_report_says_why_it_has_nothing_to_show(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_cpgd.config.checks import check_config, check_passthrough
+from megatron_cpgd.config.load import read_config
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    return check_config(read_config(path, overrides))
+
+
+def test_a_valid_configuration_has_no_problem(run_yaml):
+    assert problems_of(run_yaml) == []
+
+
+ONE_STEP = "algorithm.mini_batches=1"
+NO_CLIP = "algorithm.clip={type: none}"
+NO_DRIFT = "algorithm.drift.coef=0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([ONE_STEP], "algorithm.clip and algorithm.drift do nothing: with one optimizer step"),
+        ([ONE_STEP, NO_DRIFT], "algorithm.clip does nothing: with one optimizer step"),
+        ([ONE_STEP, NO_CLIP], "algorithm.drift does nothing: with one optimizer step"),
+        (["algorithm.epochs=2", NO_CLIP], "algorithm.epochs=2: passes after the first"),
+        (
+            ["algorithm.prompt_weight.max_weight=2"],
+            "algorithm.prompt_weight.max_weight=2.0 does nothing",
+        ),
+        (
+            [NO_DRIFT, "algorithm.drift.gradient_clip=3"],
+            "algorithm.drift.gradient_clip=3.0 does nothing",
+        ),
+        (
+            ["rollout.logprob_diff_limit=0.1", "rollout.top_p=0.9"],
+            "rollout.logprob_diff_limit=0.1 compares",
+        ),
+        (
+            ["rollout.logprob_diff_limit=0.1", "rollout.top_k=20"],
+            "rollout.logprob_diff_limit=0.1 compares",
+        ),
+        (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
+        (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
+        (
+            ["optim.schedule=cosine", "optim.min_lr=1e-5"],
+            "optim.min_lr=1e-05 must be <= optim.lr=1e-06",
+        ),
+        (
+            ["data.system_prompt=hi", "data.chat_template=false"],
+            "data.system_prompt does nothing",
+        ),
+        (["rollout.prompts_per_step=3"], "algorithm.mini_batches=4 must be <= rollout.prompts_per"),
+        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt=1 must be >= 2"),
+        (["data.answer_key=null"], "rewards.functions.0: type math needs the ground truth"),
+        (
+            ["rewards.functions=[{type: format, pattern: '('}]"],
+            "rewards.functions.0.pattern: not a regular expression",
+        ),
+        (
+            ["rewards.functions=[{type: python, path: score}]"],
+            "rewards.functions.0.path: must be `package.module.function`, got 'score'",
+        ),
+        (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl: no such file"),
+        (["eval.sets.aime.path=nowhere"], "eval.sets.aime.path=nowhere: no such file"),
+    ],
+)
+def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
+    (problem,) = problems_of(run_yaml, *overrides)
+    assert problem.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [ONE_STEP, NO_CLIP, NO_DRIFT],
+        [ONE_STEP, "algorithm.epochs=2"],
+        ["algorithm.prompt_weight={type: clip_filter, max_weight: 2}"],
+        ["rollout.logprob_diff_limit=0.1"],
+        ["parallel.pp=2", "parallel.vpp=3"],  # 6 layers
+        ["optim.schedule=linear", "optim.min_lr=1e-7"],
+        ["parallel.sequence_parallel=true"],
+        ["rollout.prompts_per_step=4"],
+        ["data.answer_key=null", "rewards.functions=[{type: format, pattern: 'a.*'}]"],
+        ["rewards.functions=[{type: python, path: my.rewards.score}]"],
+    ],
+)
+def test_the_way_out_that_a_message_offers_is_accepted(run_yaml, overrides):
+    assert problems_of(run_yaml, *overrides) == []
+
+
+def test_a_data_file_of_another_kind_is_refused(run_yaml):
+    csv = run_yaml.parent / "train.csv"
+    csv.touch()
+    (problem,) = problems_of(run_yaml, f"data.path={csv}")
+    assert "must be a .jsonl or .parquet file" in problem
+
+
+def test_a_run_dir_that_is_a_file_is_refused(run_yaml):
+    (problem,) = problems_of(run_yaml, f"run.dir={run_yaml}")
+    assert "must be a folder, but is a file" in problem
+
+
+def test_the_number_of_processes_is_the_product_of_the_axes(run_yaml, monkeypatch):
+    overrides = ("parallel.tp=2", "parallel.pp=3", "parallel.cp=2", "parallel.dp=4")
+    monkeypatch.setenv("WORLD_SIZE", "48")
+    assert problems_of(run_yaml, *overrides) == []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (problem,) = problems_of(run_yaml, *overrides)
+    assert "parallel.tp=2 * pp=3 * cp=2 * dp=4 = 48, but WORLD_SIZE=8" in problem
+
+
+def test_options_of_other_libraries_are_checked_by_name():
+    given = {"layernorm_epsilon": 1, "layernorm_epsilonn": 2, "num_layers": 3}
+    assert check_passthrough(
+        given,
+        allowed={"layernorm_epsilon", "num_layers", "hidden_size"},
+        forbidden={"num_layers": "model.path"},
+        where="model.megatron",
+    ) == [
+        "model.megatron.layernorm_epsilonn: unknown option; did you mean 'layernorm_epsilon'?",
+        "model.megatron.num_layers: is set by us; use model.path instead",
+    ]
+
+
+def test_a_forbidden_option_is_never_suggested():
+    (problem,) = check_passthrough(
+        {"num_layer": 1}, allowed={"num_layers", "x"}, forbidden={"num_layers": "-"}, where="w"
+    )
+    assert problem == "w.num_layer: unknown option; known here: x"

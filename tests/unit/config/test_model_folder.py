@@ -1,0 +1,115 @@
+import pytest
+
+from megatron_cpgd.config.load import read_config
+from megatron_cpgd.config.model_folder import check_model_folder
+from tests.helpers.valid_run import write_model_folder
+
+
+@pytest.fixture
+def check(run_yaml):
+    """Problems of the model folder after changes to its config.json and to the settings."""
+
+    def run(*overrides: str, **changes):
+        write_model_folder(run_yaml.parent / "model", **changes)
+        return check_model_folder(read_config(run_yaml, overrides))
+
+    return run
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_the_supported_architectures_are_accepted(check, model_type):
+    name = f"{model_type.capitalize()}ForCausalLM"
+    assert check(model_type=model_type, architectures=[name]) == []
+    assert check(model_type=model_type, architectures=None) == []
+
+
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_lists_those_that_do(check):
+    assert check("parallel.tp=4") == []
+    # heads 8, KV heads 4: both are divided by 1, 2 and 4; 8 divides the heads only.
+    (problem,) = check("parallel.tp=8")
+    assert "parallel.tp=8 does not divide num_key_value_heads=4 of " in problem
+    assert problem.endswith("use 1, 2 or 4")
+    assert len(check("parallel.tp=3")) == 2
+
+
+def test_without_kv_heads_every_head_has_its_own(check):
+    assert check("parallel.tp=8", num_key_value_heads=None) == []
+
+
+def test_pipeline_stages_and_chunks_divide_the_layers(check):
+    assert check("parallel.pp=3", "parallel.vpp=2") == []
+    (problem,) = check("parallel.pp=2", "parallel.vpp=2")
+    assert "parallel.pp=2 * vpp=2 = 4 does not divide num_hidden_layers=6" in problem
+    assert problem.endswith("use a product of 1, 2, 3 or 6")
+
+
+def test_prompt_and_response_fit_the_position_range(check):
+    assert check("data.max_prompt_tokens=4096") == []  # 4096 + 4096 = 8192
+    (problem,) = check("data.max_prompt_tokens=4097")
+    assert "= 8193 exceeds max_position_embeddings=8192" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not one of Qwen2ForCausalLM"),
+        ({"architectures": ["Qwen3Model"]}, r"architectures ['Qwen3Model'] is not one of"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn' is not one of default, llama3"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' is not one of"),
+        ({"num_hidden_layers": "6"}, "num_hidden_layers must be a positive integer, got '6'"),
+        ({"num_attention_heads": None}, "num_attention_heads must be a positive integer, got None"),
+    ],
+)
+def test_a_model_that_is_not_supported_says_why(check, changes, message):
+    (problem,) = check(**changes)
+    assert message in problem
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "llama3", "factor": 8}, {"rope_type": "default"}])
+def test_supported_rope_types_are_accepted(check, rope):
+    assert check(rope_scaling=rope) == []
+    assert check(rope_parameters=rope) == []
+
+
+def test_a_missing_folder_says_where_it_was_looked_for(check):
+    (problem,) = check("model.path=models/deep/nowhere")
+    assert "no such folder, seen from /" in problem
+    assert "hf download" not in problem
+
+
+def test_a_hub_name_gets_the_download_command(check):
+    (problem,) = check("model.path=Qwen/Qwen3-8B")
+    assert "hf download Qwen/Qwen3-8B --local-dir" in problem
+
+
+def test_an_empty_folder_lists_all_that_it_lacks(check, tmp_path):
+    (tmp_path / "empty").mkdir()
+    problems = "\n".join(check(f"model.path={tmp_path / 'empty'}"))
+    for part in ("no *.safetensors", "no tokenizer", "no config.json"):
+        assert part in problems
+
+
+def test_pickled_weights_are_refused_with_the_reason(check, tmp_path):
+    folder = write_model_folder(tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (problem,) = check(f"model.path={folder}")
+    assert "pickles and can run code" in problem
+
+
+def test_damaged_json_is_an_error(check, tmp_path):
+    folder = write_model_folder(tmp_path / "damaged")
+    (folder / "config.json").write_text("{")
+    (problem,) = check(f"model.path={folder}")
+    assert "config.json: cannot be read as JSON" in problem
+
+
+def test_the_tokenizer_may_lie_elsewhere(check, tmp_path):
+    (tmp_path / "model" / "tokenizer.json").unlink(missing_ok=True)
+    folder = write_model_folder(tmp_path / "weights_only")
+    (folder / "tokenizer.json").unlink()
+    (problem,) = check(f"model.path={folder}")
+    assert "has no tokenizer, expected one of tokenizer.json" in problem
+    assert check(f"model.path={folder}", f"model.tokenizer={tmp_path / 'model'}") == []
+    (problem,) = check(f"model.tokenizer={tmp_path / 'nowhere'}")
+    assert problem.startswith("model.tokenizer=")
