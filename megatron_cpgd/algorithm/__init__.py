@@ -1,0 +1,1 @@
+"""The mathematics of CPGD: pure functions on tensors of one process; imports torch only."""

@@ -1,0 +1,174 @@
+"""What is logged about the tokens of an optimizer step, as totals that add up over micro-batches.
+
+    statistics = merge_statistics([token_statistics(...) for each micro-batch])
+    all_reduce(statistics.totals, SUM)         # by the caller, in place
+    all_reduce(statistics.maxima, MAX)
+    metrics = statistics.finish()
+
+Directions: `policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old, and
+`rollout/kl_*` KL(mu || pi_old) with d = log pi_old - log mu, mu being the sampler. The tokens come
+from mu, so that of each pair k1 = -mean(l) is noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_cpgd.algorithm.cpgd import MAX_LOG_RATIO, cpgd_loss, drift_weight
+
+MEANS = (
+    "policy/clip_frac_high",  # A > 0 and l above the bound: no policy gradient
+    "policy/clip_frac_low",  # A < 0 and l below the bound: no policy gradient
+    "policy/clip_frac_sign_blind",  # l outside the bounds, whatever A
+    "policy/unclipped_high_frac",  # A < 0 and l above the bound: where PPO's step explodes
+    "policy/ratio_mean",
+    "policy/kl_k1",
+    "policy/kl_k3",
+    "policy/drift",  # min(r - 1, c)
+    "policy/drift_capped_frac",  # r - 1 > c
+    "policy/entropy",
+    "policy/neg_logprob_mean",
+    "rollout/logprob_abs_diff_mean",
+    "rollout/kl_k1",
+    "rollout/kl_k3",
+)
+TOTALS = ("tokens", "policy/loss", "policy_force", "drift_force", *MEANS)
+MAXIMA = ("policy/ratio_max", "-policy/ratio_min", "rollout/logprob_abs_diff_max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Totals and maxima over a set of tokens, in an order that is the same on every rank."""
+
+    totals: Tensor
+    """[len(TOTALS)] float64; all-reduce with SUM."""
+    maxima: Tensor
+    """[len(MAXIMA)] float64, -inf where no token was seen; all-reduce with MAX."""
+
+    def finish(self) -> dict[str, float]:
+        """The metrics by name; without any token only the loss, which is 0.
+
+        `policy/drift_grad_share` is the drift's part of sum coefficient * (|A M| + |alpha min(r -
+        1, c)|), in [0, 1]. `policy/loss` is the plain sum of `cpgd_loss`.
+        """
+        totals = dict(zip(TOTALS, self.totals.tolist(), strict=True))
+        maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
+        loss = {"policy/loss": totals["policy/loss"]}
+        if totals["tokens"] == 0:
+            return loss
+        force = totals["policy_force"] + totals["drift_force"]
+        return loss | {
+            **{name: totals[name] / totals["tokens"] for name in MEANS},
+            "policy/drift_grad_share": totals["drift_force"] / force if force else 0.0,
+            "policy/ratio_max": maxima["policy/ratio_max"],
+            "policy/ratio_min": -maxima["-policy/ratio_min"],
+            "rollout/logprob_abs_diff_max": maxima["rollout/logprob_abs_diff_max"],
+        }
+
+
+def empty_statistics(device: torch.device | str = "cpu") -> Statistics:
+    """The statistics of no token: what a rank without micro-batches contributes."""
+    return Statistics(
+        totals=torch.zeros(len(TOTALS), dtype=torch.float64, device=device),
+        maxima=torch.full((len(MAXIMA),), -torch.inf, dtype=torch.float64, device=device),
+    )
+
+
+def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of the union of at least one disjoint set of tokens."""
+    return Statistics(
+        totals=torch.stack([part.totals for part in parts]).sum(dim=0),
+        maxima=torch.stack([part.maxima for part in parts]).amax(dim=0),
+    )
+
+
+@torch.no_grad()
+def token_statistics(
+    logprobs: Tensor,
+    *,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    coefficients: Tensor,
+    mask: Tensor,
+    entropy: Tensor,
+    log_clip_low: Tensor | None,
+    log_clip_high: Tensor | None,
+    drift_coef: float,
+    drift_clip: float,
+) -> Statistics:
+    """Statistics of one micro-batch, without gradient; arguments as of `cpgd_loss`.
+
+    Args:
+        rollout_logprobs: [...] float32, log mu, as the sampler reported them.
+        entropy: [...] float32, entropy of pi_theta at each position, in nats.
+    """
+    tokens = mask.nonzero(as_tuple=True)  # once: on a GPU each indexing with a bool mask waits
+    if not len(tokens[0]):
+        return empty_statistics(logprobs.device)
+    loss = cpgd_loss(
+        logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        coefficients=coefficients,
+        mask=mask,
+        log_clip_low=log_clip_low,
+        log_clip_high=log_clip_high,
+        drift_coef=drift_coef,
+        drift_clip=drift_clip,
+    )
+    # Differences as the loss takes them, so that a token counts as clipped where the loss clips it.
+    log_ratio = logprobs - old_logprobs
+    above, below = (x[tokens] for x in _outside(log_ratio, log_clip_low, log_clip_high))
+    log_ratio = log_ratio[tokens].double()
+    rollout_diff = (old_logprobs - rollout_logprobs)[tokens].double()
+    advantage, coefficient = advantages[tokens].double(), coefficients[tokens].double()
+    clipped_high, clipped_low = above & (advantage > 0), below & (advantage < 0)
+    drift = drift_weight(log_ratio, drift_clip)
+    ratio = _exp(log_ratio)
+    per_token = {
+        "tokens": torch.ones_like(ratio),
+        "policy_force": coefficient * advantage.abs() * ~(clipped_high | clipped_low),
+        "drift_force": coefficient * (drift_coef * drift).abs(),
+        "policy/clip_frac_high": clipped_high,
+        "policy/clip_frac_low": clipped_low,
+        "policy/clip_frac_sign_blind": above | below,
+        "policy/unclipped_high_frac": above & (advantage < 0),
+        "policy/ratio_mean": ratio,
+        "policy/kl_k1": -log_ratio,
+        "policy/kl_k3": _k3(log_ratio),
+        "policy/drift": drift,
+        "policy/drift_capped_frac": ratio - 1 > drift_clip,
+        "policy/entropy": entropy[tokens],
+        "policy/neg_logprob_mean": -logprobs[tokens],
+        "rollout/logprob_abs_diff_mean": rollout_diff.abs(),
+        "rollout/kl_k1": -rollout_diff,
+        "rollout/kl_k3": _k3(rollout_diff),
+    }
+    totals = {name: x.double().sum() for name, x in per_token.items()} | {
+        "policy/loss": loss.double()
+    }
+    return Statistics(
+        totals=torch.stack([totals[name] for name in TOTALS]),
+        maxima=torch.stack([ratio.amax(), (-ratio).amax(), rollout_diff.abs().amax()]),
+    )
+
+
+def _outside(log_ratio: Tensor, low: Tensor | None, high: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which tokens lie above and which below the clip range: bool, shaped like `log_ratio`."""
+    nowhere = torch.zeros_like(log_ratio, dtype=torch.bool)
+    above = nowhere if high is None else log_ratio > high
+    below = nowhere if low is None else log_ratio < low
+    return above, below
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """e^l - 1 - l: per token >= 0, in expectation the KL divergence."""
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,0 +1,142 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages
+
+# Multiples of 1/8: sums, means over 4 and shifts are exact, so equal rewards stay equal.
+GROUPS = st.lists(
+    st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=4, max_size=4),
+    min_size=1,
+    max_size=5,
+)
+
+
+def advantages(rewards, prompt_weight="equal", max_weight=3.0) -> Advantages:
+    return compute_advantages(
+        torch.as_tensor(rewards), prompt_weight=prompt_weight, max_weight=max_weight
+    )
+
+
+def test_equal_weight_only_centres():
+    # mean of 1, 0, 0, 1, 1 is 0.6
+    result = advantages([[1.0, 0.0, 0.0, 1.0, 1.0]])
+    torch.testing.assert_close(result.values, torch.tensor([[0.4, -0.6, -0.6, 0.4, 0.4]]))
+    assert result.prompt_weight.tolist() == [1.0]
+    assert result.values.dtype == result.prompt_weight.dtype == torch.float32
+
+
+def test_std_weight_divides_by_the_standard_deviation_with_divisor_g_minus_1():
+    # rewards 1, 0, 0, 1: mean 1/2, squares 4 * 1/4 = 1, variance 1 / 3, weight sqrt(3)
+    result = advantages([[1.0, 0.0, 0.0, 1.0]], "std")
+    assert result.prompt_weight.item() == pytest.approx(math.sqrt(3))
+    assert result.values[0].tolist() == pytest.approx(
+        [math.sqrt(3) / 2 * s for s in (1, -1, -1, 1)]
+    )
+
+
+def test_clip_filter_weight_is_one_number_for_the_batch():
+    # 2 of 4 groups have unequal rewards: 4 / 2 = 2, below the bound
+    result = advantages([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]], "clip_filter")
+    assert result.prompt_weight.tolist() == [2.0] * 4
+    assert result.values.tolist() == [[1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0]]
+    assert result.zero_variance.tolist() == [False, True, True, False]
+
+
+def test_clip_filter_weight_is_bounded():
+    # 1 of 4 groups: 4 / 1 = 4, bounded by 3
+    result = advantages([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]], "clip_filter")
+    assert result.prompt_weight.tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("prompt_weight", ["equal", "std", "clip_filter"])
+def test_a_batch_without_signal_has_zero_advantages_and_weight_one(prompt_weight):
+    result = advantages([[1.0, 1.0], [0.0, 0.0]], prompt_weight)
+    assert result.values.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert result.prompt_weight.tolist() == [1.0, 1.0]
+    assert result.zero_variance.all()
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3, 0.3],  # 5.6e-17 apart: one sum, two orders of rounding
+        [0.1] * 3,  # in float64 their mean is 1.4e-17 above them and their std 1.7e-17
+    ],
+)
+def test_rounding_does_not_make_equal_rewards_unequal(rewards):
+    result = advantages(torch.tensor([rewards], dtype=torch.float64), "std")
+    assert result.values.tolist() == [[0.0] * 3]
+    assert result.prompt_weight.tolist() == [1.0]
+
+
+def test_a_small_real_difference_is_kept():
+    # 1e-6 apart: centred +-5e-7, std 1e-6 / sqrt(2), advantage +-1 / sqrt(2)
+    result = advantages([[1.0, 1.0 + 1e-6]], "std")
+    assert result.values[0].tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
+
+
+@pytest.mark.parametrize("prompt_weight", ["equal", "std", "clip_filter"])
+def test_one_rollout_per_prompt_is_refused(prompt_weight):
+    with pytest.raises(ValueError, match="at least 2 responses"):
+        advantages([[1.0], [0.0]], prompt_weight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_refused_with_its_place(bad):
+    with pytest.raises(ValueError, match=rf"the first is {bad} at prompt 1, rollout 2"):
+        advantages([[0.0, 1.0, 0.0], [1.0, 0.0, bad]])
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], [[[1.0, 0.0]]], torch.zeros(0, 4)])
+def test_a_wrong_shape_is_refused(rewards):
+    with pytest.raises(ValueError, match="expected \\[prompts, rollouts per prompt\\], got shape"):
+        advantages(rewards)
+
+
+def test_an_unknown_weight_is_refused():
+    with pytest.raises(ValueError, match="got 'batch'"):
+        advantages([[1.0, 0.0]], "batch")
+
+
+@pytest.mark.parametrize("prompt_weight", ["equal", "std", "clip_filter"])
+@given(rewards=GROUPS, shift=st.integers(-64, 64))
+def test_a_constant_added_to_a_group_changes_nothing(prompt_weight, rewards, shift):
+    rewards = torch.tensor(rewards)
+    shifted = rewards.clone()
+    shifted[0] += shift
+    torch.testing.assert_close(
+        advantages(shifted, prompt_weight).values, advantages(rewards, prompt_weight).values
+    )
+
+
+@given(rewards=GROUPS, scale=st.floats(0.1, 10.0))
+def test_the_std_weight_makes_advantages_independent_of_the_reward_scale(rewards, scale):
+    rewards = torch.tensor(rewards)
+    # rtol: scaled rewards are rounded to float32 relative to their size, here up to 64 differences
+    torch.testing.assert_close(
+        advantages(rewards * scale, "std").values,
+        advantages(rewards, "std").values,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("prompt_weight", ["equal", "std", "clip_filter"])
+@given(rewards=GROUPS)
+def test_advantages_of_a_group_sum_to_zero_and_order_like_the_rewards(prompt_weight, rewards):
+    rewards = torch.tensor(rewards)
+    values = advantages(rewards, prompt_weight).values
+    torch.testing.assert_close(values.sum(dim=1), torch.zeros(len(rewards)), rtol=0, atol=1e-4)
+    for reward, value in zip(rewards, values, strict=True):
+        assert ((reward[:, None] > reward) <= (value[:, None] > value)).all()
+
+
+@given(rewards=GROUPS)
+def test_std_advantages_have_standard_deviation_one(rewards):
+    result = advantages(rewards, "std")
+    expected = (~result.zero_variance).float()
+    torch.testing.assert_close(result.values.std(dim=1), expected)

@@ -1,0 +1,188 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpgd.algorithm.cpgd import cpgd_loss
+from megatron_cpgd.algorithm.diagnostics import (
+    MAXIMA,
+    TOTALS,
+    empty_statistics,
+    merge_statistics,
+    token_statistics,
+)
+
+SETTINGS = {
+    "log_clip_low": torch.tensor(0.8).log(),
+    "log_clip_high": torch.tensor(1.2).log(),
+    "drift_coef": 0.1,
+    "drift_clip": 2.0,
+}
+
+
+def worked_batch():
+    """Four tokens of ratio 1.5, 0.5, 4, 1 and a fifth outside the mask that holds junk."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -0.5, math.nan])
+    old = logprobs - torch.tensor([1.5, 0.5, 4.0, 1.0, math.inf]).log()
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": old,
+        "rollout_logprobs": old - torch.tensor([0.1, -0.1, 0.0, 0.4, math.nan]),
+        "advantages": torch.tensor([1.0, -1.0, -2.0, 0.0, math.inf]),
+        "coefficients": torch.tensor([0.5, 0.5, 0.25, 0.25, math.nan]),
+        "mask": torch.tensor([True, True, True, True, False]),
+        "entropy": torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]),
+    }
+
+
+def random_batch(seed, size=30):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale):
+        return scale * torch.randn(size, generator=generator)
+
+    old = -normal(1.0).abs()
+    return {
+        "logprobs": old + normal(0.5),
+        "old_logprobs": old,
+        "rollout_logprobs": old + normal(0.1),
+        "advantages": normal(1.0),
+        "coefficients": normal(1.0).abs(),
+        "mask": torch.rand(size, generator=generator) < 0.6,
+        "entropy": normal(1.0).abs(),
+    }
+
+
+def statistics(batch, **settings):
+    return token_statistics(**batch, **(SETTINGS | settings))
+
+
+def test_every_metric_of_a_worked_example():
+    metrics = statistics(worked_batch()).finish()
+    k3 = [0.5 - math.log(1.5), -0.5 - math.log(0.5), 3 - math.log(4), 0.0]
+    rollout_k3 = [math.expm1(d) - d for d in (0.1, -0.1, 0.0, 0.4)]
+    # gradient: policy only at token 3, .25 * |-2| = .5; drift .1 * (.5 * .5 + .5 * .5 + .25 * 2)
+    drift_share = 0.1 / (0.5 + 0.1)
+    expected = {
+        "policy/clip_frac_high": 1 / 4,  # token 1
+        "policy/clip_frac_low": 1 / 4,  # token 2
+        "policy/clip_frac_sign_blind": 3 / 4,
+        "policy/unclipped_high_frac": 1 / 4,  # token 3
+        "policy/ratio_mean": 7 / 4,
+        "policy/ratio_max": 4.0,
+        "policy/ratio_min": 0.5,
+        "policy/kl_k1": -math.log(1.5 * 0.5 * 4) / 4,
+        "policy/kl_k3": sum(k3) / 4,
+        "policy/drift": (0.5 - 0.5 + 2.0 + 0.0) / 4,
+        "policy/drift_capped_frac": 1 / 4,
+        "policy/drift_grad_share": drift_share,
+        "policy/entropy": 10 / 4,
+        "policy/neg_logprob_mean": 4 / 4,
+        # -Phi: -ln 1.2, ln .8 = -.2231, +2 ln 4, 0; drift E: -.5, +1, -1, 0
+        "policy/loss": 0.5 * (-math.log(1.2) + math.log(0.8) + 0.1 * 0.5)
+        + 0.25 * (2 * math.log(4) - 0.1),
+        "rollout/logprob_abs_diff_mean": 0.6 / 4,
+        "rollout/logprob_abs_diff_max": 0.4,
+        "rollout/kl_k1": -0.4 / 4,
+        "rollout/kl_k3": sum(rollout_k3) / 4,
+    }
+    assert metrics.keys() == expected.keys()
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_loss_is_the_one_that_was_trained_on():
+    batch = random_batch(0)
+    inputs = {n: x for n, x in batch.items() if n not in ("rollout_logprobs", "entropy")}
+    loss = cpgd_loss(**inputs, **SETTINGS)
+    assert statistics(batch).finish()["policy/loss"] == loss.item()
+
+
+@pytest.mark.parametrize(("advantage", "side"), [(1.0, "high"), (-1.0, "low")])
+def test_a_token_exactly_at_the_bound_is_not_counted_as_clipped(advantage, side):
+    batch = {name: torch.zeros(1) for name in worked_batch()} | {"mask": torch.ones(1) > 0}
+    batch["advantages"] = torch.tensor([advantage])
+    at_bound = SETTINGS[f"log_clip_{side}"].reshape(1)
+    beyond = torch.nextafter(at_bound, 2 * at_bound)
+    key = f"policy/clip_frac_{side}"
+    assert statistics(batch | {"logprobs": at_bound}).finish()[key] == 0.0
+    assert statistics(batch | {"logprobs": beyond}).finish()[key] == 1.0
+
+
+def test_without_clip_nothing_is_clipped():
+    metrics = statistics(worked_batch(), log_clip_low=None, log_clip_high=None).finish()
+    assert all(value == 0.0 for name, value in metrics.items() if "clip" in name)
+
+
+def test_bounds_per_token_are_read_per_token():
+    # ratio 1.5 with A = 1 at token 1 is inside a bound of 2
+    high = torch.tensor([2.0, 1.2, 1.2, 1.2, math.nan]).log()
+    assert statistics(worked_batch(), log_clip_high=high).finish()["policy/clip_frac_high"] == 0.0
+
+
+def test_padded_rows_give_the_statistics_of_the_packed_tokens():
+    batch = random_batch(0)
+    rows = {name: x.reshape(5, 6) for name, x in batch.items()}
+    assert statistics(rows).finish() == pytest.approx(statistics(batch).finish(), rel=1e-6)
+
+
+def test_statistics_have_no_gradient():
+    batch = random_batch(0)
+    batch["logprobs"].requires_grad_()
+    assert not statistics(batch).totals.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("drift_coef", "expected"),
+    [(0.1, 1.0), (0.0, 0.0)],  # advantages 0: all of the gradient is drift, or there is none
+)
+def test_drift_share_of_a_batch_without_advantages(drift_coef, expected):
+    batch = worked_batch() | {"advantages": torch.zeros(5)}
+    metrics = statistics(batch, drift_coef=drift_coef).finish()
+    assert metrics["policy/drift_grad_share"] == expected
+
+
+@pytest.mark.parametrize("size", [5, 0])
+def test_a_micro_batch_without_tokens_is_the_neutral_element(size):
+    nothing = {name: torch.full((size,), math.nan) for name in worked_batch()}
+    empty = statistics(nothing | {"mask": torch.zeros(size, dtype=torch.bool)})
+    full = statistics(worked_batch())
+    merged = merge_statistics([empty, full, empty_statistics()])
+    assert torch.equal(merged.totals, full.totals)
+    assert torch.equal(merged.maxima, full.maxima)
+
+
+def test_no_token_at_all_reports_only_the_loss():
+    assert empty_statistics().finish() == {"policy/loss": 0.0}
+
+
+def test_flat_tensors_have_fixed_float64_entries():
+    for part in (statistics(worked_batch()), empty_statistics()):
+        assert part.totals.shape == (len(TOTALS),) and part.totals.dtype == torch.float64
+        assert part.maxima.shape == (len(MAXIMA),) and part.maxima.dtype == torch.float64
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 30), max_size=4))
+def test_merged_parts_equal_the_whole(seed, cuts):
+    batch = random_batch(seed)
+    bounds = [0, *sorted(cuts), 30]
+    parts = [
+        statistics({name: x[start:stop] for name, x in batch.items()})
+        for start, stop in pairwise(bounds)
+    ]
+    whole = statistics(batch)
+    merged = merge_statistics(parts)
+    # The loss is summed in float32 inside a part, the rest in float64.
+    loss = TOTALS.index("policy/loss")
+    torch.testing.assert_close(merged.totals[loss], whole.totals[loss], rtol=1e-5, atol=1e-5)
+    keep = [i for i in range(len(TOTALS)) if i != loss]
+    torch.testing.assert_close(merged.totals[keep], whole.totals[keep], rtol=1e-12, atol=1e-12)
+    assert torch.equal(merged.maxima, whole.maxima)
+
+
+@given(st.integers(0, 10_000))
+def test_k3_is_never_negative(seed):
+    metrics = statistics(random_batch(seed) | {"mask": torch.ones(30, dtype=torch.bool)}).finish()
+    assert metrics["policy/kl_k3"] >= 0.0 and metrics["rollout/kl_k3"] >= 0.0
