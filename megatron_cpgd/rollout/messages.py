@@ -1,0 +1,74 @@
+"""Messages between the trainer and the engine process, encoded with msgpack."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.types import Rollout
+
+
+class Launch(msgspec.Struct, kw_only=True):
+    """How to start the engine process; JSON on its command line."""
+
+    address: str
+    """ZeroMQ address that the client has bound."""
+    client_pid: int
+    """The engine ends when this process does."""
+    model_dir: str
+    dtype: Literal["bf16", "fp32"]
+    max_model_len: int
+    """Prompt and response tokens."""
+    seed: int
+    trust_remote_code: bool
+    engine_args: dict[str, Any]
+    """Fields of vLLM's EngineArgs."""
+
+
+class Generate(msgspec.Struct, tag=True, kw_only=True):
+    """Asks for `Generated`."""
+
+    prompts: list[list[int]]
+    sampling: Sampling
+    seeds: list[int] | None
+    version: int
+
+
+class Refresh(msgspec.Struct, tag=True, kw_only=True):
+    """Asks for `Refreshed`."""
+
+    arena: str
+    version: int
+
+
+class Close(msgspec.Struct, tag=True):
+    """Asks the engine to end; it does not answer."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded; sent once, unasked."""
+
+
+class Generated(msgspec.Struct, tag=True, kw_only=True):
+    """[P][n] responses."""
+
+    groups: list[list[Rollout]]
+
+
+class Refreshed(msgspec.Struct, tag=True, kw_only=True):
+    """What was read, see RefreshReport."""
+
+    tensors: int
+    nbytes: int
+    digest: str
+
+
+class Failed(msgspec.Struct, tag=True, kw_only=True):
+    """The request was refused or broke off."""
+
+    kind: Literal["config", "rollout", "weights"]
+    message: str
+
+
+Request = Generate | Refresh | Close
+Response = Ready | Generated | Refreshed | Failed

@@ -1,0 +1,249 @@
+"""The trainer's side of the engine: starts vLLM in a process of its own and talks to it.
+
+Nothing here imports vllm, which changes torch for the whole process it runs in.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import zmq
+
+from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
+from megatron_cpgd.rollout.engine import RefreshReport, Sampling
+from megatron_cpgd.rollout.messages import (
+    Close,
+    Failed,
+    Generate,
+    Generated,
+    Launch,
+    Ready,
+    Refresh,
+    Refreshed,
+    Request,
+    Response,
+)
+from megatron_cpgd.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 200
+"""How often a wait looks whether the engine still lives."""
+CLOSE_GRACE_S = 10.0
+LOG_TAIL_BYTES = 3000
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+CPU_ENVIRONMENT = {
+    # Idle OpenMP threads spin by default, which starves the trainers on shared cores.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    # By default two engines pin their threads to the same core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Compiling two small helpers takes longer than loading the model.
+    "TORCH_COMPILE_DISABLE": "1",
+    # One process instead of three, each with its own import of torch.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_")
+TORCHRUN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+
+
+class VllmEngine:
+    """A RolloutEngine on vLLM. Construct it in a thread that lives as long as the engine should."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: Literal["bf16", "fp32"],
+        max_model_len: int,
+        engine_args: dict[str, Any],
+        start_timeout_s: float,
+        step_timeout_s: float,
+        log_path: Path | None,
+        seed: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Start the process and return at once; it loads the model meanwhile.
+
+        Args:
+            model_dir: Hugging Face checkpoint with safetensors.
+            max_model_len: tokens of the longest prompt and its response together.
+            engine_args: further fields of vLLM's EngineArgs.
+            log_path: where the process writes; None keeps it in a temporary file.
+            seed: for requests without a seed of their own.
+        """
+        self._start_timeout_s = start_timeout_s
+        self._step_timeout_s = step_timeout_s
+        # mkdtemp gives mode 0700: nobody else can reach the socket.
+        self._directory = tempfile.TemporaryDirectory(prefix="megatron-cpgd-")
+        self._log_path = log_path or Path(self._directory.name) / "engine.log"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel = self._context.socket(zmq.PAIR)
+        address = f"ipc://{self._directory.name}/socket"
+        self._channel.bind(address)
+        self._ready = False
+        self._process = self._start(
+            Launch(
+                address=address,
+                client_pid=os.getpid(),
+                model_dir=str(model_dir),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                engine_args=engine_args,
+            )
+        )
+
+    def _start(self, launch: Launch) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "megatron_cpgd.rollout.vllm_server"]
+        with self._log_path.open("ab") as log:
+            return subprocess.Popen(
+                [*command, msgspec.json.encode(launch).decode()],
+                env=engine_environment(dict(os.environ), cpu=has_cpu_build()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the trainer, which then ends the engine.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Return once the model is loaded; the other methods do this first if need be.
+
+        Raises:
+            ConfigError: an engine argument is wrong.
+            RolloutError: the engine died or did not load in time.
+        """
+        if not self._ready:
+            self._receive(Ready, self._start_timeout_s, "loading the model")
+            self._ready = True
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        *,
+        seeds: list[int] | None = None,
+        version: int,
+    ) -> list[list[Rollout]]:
+        """See RolloutEngine.generate."""
+        request = Generate(prompts=prompts, sampling=sampling, seeds=seeds, version=version)
+        return self._call(request, Generated, "generating").groups
+
+    def refresh(self, arena: Path, version: int) -> RefreshReport:
+        """See RolloutEngine.refresh."""
+        start = time.perf_counter()
+        receipt = self._call(Refresh(arena=str(arena), version=version), Refreshed, "refreshing")
+        return RefreshReport(
+            seconds=time.perf_counter() - start,
+            tensors=receipt.tensors,
+            nbytes=receipt.nbytes,
+            digest=receipt.digest,
+        )
+
+    def close(self) -> None:
+        """See RolloutEngine.close."""
+        if self._context.closed:
+            return
+        if self._ready and self._process.poll() is None:
+            self._send(Close())
+            try:
+                self._process.wait(CLOSE_GRACE_S)
+            except subprocess.TimeoutExpired:
+                logger.warning("the engine did not end in %.0f s and is killed", CLOSE_GRACE_S)
+        self._kill()
+        self._context.destroy(linger=0)
+        self._directory.cleanup()
+
+    def _call[Answer: Response](self, request: Request, kind: type[Answer], what: str) -> Answer:
+        if self._context.closed:
+            raise RolloutError(f"{what}: the engine was closed")
+        self.wait_ready()
+        self._send(request)
+        return self._receive(kind, self._step_timeout_s, what)
+
+    def _send(self, request: Request) -> None:
+        try:
+            self._channel.send(msgspec.msgpack.encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            # The engine has hung up; the wait for its answer will find it dead.
+            self._kill()
+
+    def _receive[Answer: Response](self, kind: type[Answer], limit_s: float, what: str) -> Answer:
+        deadline = time.monotonic() + limit_s
+        while not self._channel.poll(POLL_MS):
+            # It may have answered just before it ended.
+            if self._process.poll() is not None and not self._channel.poll(0):
+                raise RolloutError(self._died(what))
+            if time.monotonic() > deadline:
+                # A late answer must not be taken for that of the next request.
+                self._kill()
+                raise RolloutError(
+                    f"{what}: no answer from the engine within {limit_s:g} s, so it was killed; "
+                    f"last lines of its log:\n{self._log_tail()}"
+                )
+        answer = msgspec.msgpack.decode(self._channel.recv(), type=Response)
+        if isinstance(answer, Failed):
+            raise {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}[
+                answer.kind
+            ](answer.message)
+        assert isinstance(answer, kind), f"{what}: {type(answer).__name__} is not {kind.__name__}"
+        return answer
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            # Its own session, see `_start`: this includes vLLM's worker processes.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _died(self, what: str) -> str:
+        code = self._process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return f"{what}: the engine {how}; last lines of its log:\n{self._log_tail()}"
+
+    def _log_tail(self) -> str:
+        with self._log_path.open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace")
+
+
+def has_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build, found without importing it."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def engine_environment(inherited: dict[str, str], *, cpu: bool) -> dict[str, str]:
+    """Environment of the engine: ours as defaults, the user's, without what torchrun has set.
+
+    With torchrun's variables vLLM would take itself for a rank of the trainer.
+    """
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
+    }
+    return ENVIRONMENT | (CPU_ENVIRONMENT if cpu else {}) | kept

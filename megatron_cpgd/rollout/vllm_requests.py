@@ -1,0 +1,188 @@
+"""Builds vLLM and answers the trainer's requests with it; imported by the engine process only."""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import LLM, CompletionOutput, SamplingParams, TokensPrompt
+
+from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
+from megatron_cpgd.rollout import vllm_compat
+from megatron_cpgd.rollout.engine import check_prompts, stream_seeds
+from megatron_cpgd.rollout.messages import (
+    Failed,
+    Generate,
+    Generated,
+    Launch,
+    Refresh,
+    Refreshed,
+    Response,
+)
+from megatron_cpgd.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+CPU_ENGINE_ARGS = {
+    "enforce_eager": True,
+    # With chunked prefill, a seeded request dies of "CPU Generator does not use offset".
+    "enable_chunked_prefill": False,
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_seqs": 256,
+}
+"""Defaults on CPU; on CUDA vLLM's own ones hold."""
+PREFILL_TOKENS = 2048
+"""Smallest prefill batch on CPU; vLLM's warm-up computes one of this size."""
+
+
+def build_llm(launch: Launch) -> LLM:
+    """
+    Raises:
+        ConfigError: an engine argument is unknown, or set by this system.
+    """
+    vllm_compat.require_supported_vllm()
+    fixed = {
+        "model": launch.model_dir,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[launch.dtype],
+        "max_model_len": launch.max_model_len,
+        "seed": launch.seed,
+        "trust_remote_code": launch.trust_remote_code,
+        "skip_tokenizer_init": True,
+        # The ratio of the loss needs the distribution that was really sampled from.
+        "logprobs_mode": "processed_logprobs",
+        # Else the model's generation config would add end tokens of its own.
+        "generation_config": "vllm",
+        "worker_extension_cls": "megatron_cpgd.rollout.weight_receiver.WeightReceiver",
+    }
+    check_engine_args(launch.engine_args, fixed=set(fixed))
+    defaults: dict[str, Any] = {"disable_log_stats": True}
+    if vllm_compat.runs_on_cpu():
+        defaults |= CPU_ENGINE_ARGS
+        defaults["max_num_batched_tokens"] = max(launch.max_model_len, PREFILL_TOKENS)
+    return LLM(**(defaults | launch.engine_args | fixed))
+
+
+def check_engine_args(engine_args: dict[str, Any], *, fixed: set[str]) -> None:
+    """
+    Raises:
+        ConfigError: vLLM has no such argument, or this system sets it.
+    """
+    known = vllm_compat.engine_arg_names()
+    for name in engine_args:
+        if name in fixed:
+            raise ConfigError(f"rollout.engine_args.{name} is set by megatron_cpgd; remove it")
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            raise ConfigError(
+                f"rollout.engine_args.{name}: vLLM has no such argument; close ones: {close}"
+            )
+
+
+class Engine:
+    """vLLM and the version of the weights in it."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.version = 0
+        self.refresh_error: str | None = None
+        """Why the last refresh failed; nothing is generated until one succeeds."""
+        self.broken = False
+        """vLLM raised an unforeseen error: its scheduler may be stuck, the process has to end."""
+
+    def answer(self, request: Generate | Refresh) -> Response:
+        """Carry out one request; errors become part of the answer."""
+        try:
+            if isinstance(request, Refresh):
+                return self.refresh(request)
+            return self.generate(request)
+        except RolloutError as error:
+            return Failed(kind="rollout", message=f"{error}")
+        except WeightSyncError as error:
+            return Failed(kind="weights", message=f"{error}")
+        except Exception as error:
+            self.broken = True
+            logger.exception("request failed")
+            return Failed(kind="rollout", message=f"vLLM failed with {error!r}; see its log")
+
+    def generate(self, request: Generate) -> Generated:
+        """See RolloutEngine.generate."""
+        if self.refresh_error is not None:
+            raise WeightSyncError(f"the last weight refresh failed: {self.refresh_error}")
+        if request.version != self.version:
+            raise RolloutError(
+                f"asked for responses of weight version {request.version}, the engine holds "
+                f"{self.version}; refresh it first"
+            )
+        config, sampling = self.llm.llm_engine.model_config, request.sampling
+        check_prompts(
+            request.prompts,
+            max_tokens=sampling.max_tokens,
+            vocab_size=config.get_vocab_size(),
+            max_model_len=config.max_model_len,
+        )
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in request.prompts],
+            sampling_params(request),
+            use_tqdm=False,
+        )
+        return Generated(
+            groups=[[rollout(sample, self.version) for sample in out.outputs] for out in outputs]
+        )
+
+    def refresh(self, request: Refresh) -> Refreshed:
+        """See RolloutEngine.refresh."""
+        try:
+            receipt = self._load(request)
+        except WeightSyncError as error:
+            self.refresh_error = f"{error}"
+            raise
+        self.version, self.refresh_error = request.version, None
+        return receipt
+
+    def _load(self, request: Refresh) -> Refreshed:
+        where = f"weight refresh from version {self.version} to {request.version}"
+        if request.version < self.version:
+            raise WeightSyncError(f"{where}: versions only grow")
+        receipts = self.llm.collective_rpc("cpgd_refresh", args=(request.arena,))
+        errors = [receipt["error"] for receipt in receipts if "error" in receipt]
+        if errors:
+            raise WeightSyncError(f"{where}: {errors[0]}")
+        if any(receipt != receipts[0] for receipt in receipts):
+            raise WeightSyncError(f"{where}: the workers read different tensors: {receipts}")
+        # Cached keys and values belong to the old weights.
+        if not self.llm.reset_prefix_cache():
+            raise WeightSyncError(f"{where}: vLLM did not empty its prefix cache")
+        return Refreshed(**receipts[0])
+
+
+def sampling_params(request: Generate) -> list[SamplingParams]:
+    """[P] vLLM's parameters for each prompt."""
+    sampling = request.sampling
+    prompts = len(request.prompts)
+    seeds: Sequence[int | None] | None = stream_seeds(sampling, prompts, request.seeds)
+    return [
+        SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+        )
+        for seed in seeds or [None] * prompts
+    ]
+
+
+def rollout(output: CompletionOutput, version: int) -> Rollout:
+    """vLLM's record as ours; `logprobs=0` reports the sampled token alone at each position."""
+    return Rollout(
+        token_ids=list(output.token_ids),
+        logprobs=output.logprobs.logprobs,
+        finish_reason=output.finish_reason,
+        weight_version=version,
+    )

@@ -1,0 +1,90 @@
+"""The part of a weight refresh that runs inside vLLM's worker processes."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_cpgd.errors import ConversionError, WeightSyncError
+from megatron_cpgd.rollout.expected_tensors import ExpectedTensors, Shapes, checkpoint_shapes
+from megatron_cpgd.rollout.vllm_compat import layerwise_reload, parameters_on_meta
+from megatron_cpgd.weights.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+
+class WeightReceiver:
+    """Methods that vLLM mixes into its Worker (engine argument `worker_extension_cls`).
+
+    vLLM's own weight-transfer engines cannot answer the caller and need three remote calls, which
+    leave some workers in the middle of an update when one of them fails. Here a refresh is one
+    call, and its answer says what every worker has read.
+    """
+
+    model_runner: Any
+    vllm_config: Any
+    _cpgd_expected: ExpectedTensors
+
+    def cpgd_refresh(self, arena: str) -> dict[str, Any]:
+        """Load the arena; the receipt has `error`, or `tensors`, `nbytes` and `digest`."""
+        try:
+            return self._cpgd_load(Path(arena))
+        except Exception as error:
+            if not isinstance(error, (WeightSyncError, ConversionError)):
+                logger.exception("weight refresh from %s broke off", arena)
+            # An exception would lose its type on the way between processes.
+            return {"error": f"{error}" or repr(error)}
+
+    def _cpgd_load(self, path: Path) -> dict[str, Any]:
+        model, model_config = self.model_runner.model, self.vllm_config.model_config
+        if not hasattr(self, "_cpgd_expected"):
+            shapes = checkpoint_shapes(Path(model_config.model))
+            self._cpgd_expected = ExpectedTensors(shapes, loadable_names(model, shapes))
+        with TensorFile.open(path) as arena:
+            self._cpgd_expected.check({name: slot.shape for name, slot in arena.slots.items()})
+            with layerwise_reload(model, model_config):
+                model.load_weights((name, arena.view(name)) for name in arena.names)
+            digest = arena.digest()
+            return {"tensors": len(arena.names), "nbytes": arena.nbytes, "digest": digest}
+
+
+def loadable_names(model: nn.Module, shapes: Shapes) -> set[str]:
+    """Those of the tensors that `model.load_weights` copies into a parameter.
+
+    Found by a rehearsal with tensors without storage: only the loaders know which names they skip.
+    """
+    used: set[str] = set()
+    load_weights: Any = model.load_weights
+    watcher = _CopyWatcher()
+
+    def rehearse() -> Iterator[tuple[str, Tensor]]:
+        # Loaders pull one tensor at a time, so copies made during a yield belong to its name.
+        for name, shape in shapes.items():
+            before = watcher.copies
+            yield name, torch.empty(shape, device="meta")
+            if watcher.copies > before:
+                used.add(name)
+
+    with parameters_on_meta(model), watcher:
+        load_weights(rehearse())
+    return used
+
+
+class _CopyWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts `Tensor.copy_`, the last act of every loader, and does not carry it out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.copies += 1
+            return args[0]
+        return func(*args, **(kwargs or {}))

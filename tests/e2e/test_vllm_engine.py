@@ -1,0 +1,383 @@
+"""Real vLLM in its own process against transformers in this one, with tiny random models."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto import AutoModelForCausalLM
+
+from megatron_cpgd.errors import RolloutError, WeightSyncError
+from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.rollout.vllm_engine import VllmEngine
+from megatron_cpgd.types import Rollout
+from megatron_cpgd.weights.tensor_file import TensorFile
+
+VOCAB = 67
+MAX_MODEL_LEN = 256
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,  # heads of 32: vLLM's CPU attention has none of 16
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # A generation config with an end token, which the engine has to ignore.
+    "eos_token_id": 1,
+}
+CONFIGS = {
+    "qwen2_tied_with_qkv_bias": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3_with_qk_norm": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+}
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [2]]
+SAMPLING = Sampling(n=2, max_tokens=12, seed=5)
+TOLERANCE = 1e-5
+
+
+def start_engine(model_dir: Path, **changes) -> VllmEngine:
+    settings = {
+        "dtype": "fp32",
+        "max_model_len": MAX_MODEL_LEN,
+        "engine_args": {"kv_cache_memory_bytes": 32 << 20, "max_num_batched_tokens": MAX_MODEL_LEN},
+        "start_timeout_s": 300.0,
+        "step_timeout_s": 120.0,
+        "log_path": None,
+        "seed": 0,
+    }
+    return VllmEngine(model_dir, **(settings | changes))
+
+
+def random_model(config, seed: int) -> nn.Module:
+    """Every parameter random, biases and norms too, so that a wrong one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+    return model.eval()
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    # Names each tensor once: a tied output layer is left out.
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def write_arena(path: Path, weights: dict[str, Tensor]) -> Path:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    with TensorFile.create(path, layout, {"format": "pt"}) as arena:
+        for name, tensor in weights.items():
+            arena.view(name).copy_(tensor)
+    return path
+
+
+def logprob_error(
+    model: nn.Module, prompts: list[list[int]], groups: list[list[Rollout]], temperature: float = 1
+) -> float:
+    """Largest difference to the log-probabilities of `model` over all sampled tokens."""
+    errors = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group:
+            ids = torch.tensor([prompt + rollout.token_ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            errors.append((expected - torch.tensor(rollout.logprobs)).abs().max().item())
+    return max(errors)
+
+
+@dataclass
+class Lab:
+    """An engine, two sets of weights, and the shared arena through which they are published."""
+
+    engine: VllmEngine
+    models: dict[str, nn.Module]
+    arena: Path
+    version: int = 0
+    cold: list[list[Rollout]] | None = None
+    """What the engine sampled before its first refresh, with weights A."""
+
+    def publish(self, which: str) -> int:
+        with TensorFile.open(self.arena, writable=True) as arena:
+            for name, tensor in named_weights(self.models[which]).items():
+                arena.view(name).copy_(tensor)
+            self.version += 1
+            report = self.engine.refresh(self.arena, self.version)
+            assert (report.tensors, report.nbytes) == (len(arena.names), arena.nbytes)
+            assert report.digest == arena.digest()
+        return self.version
+
+    def generate(self, sampling: Sampling = SAMPLING, prompts=PROMPTS, **others):
+        return self.engine.generate(prompts, sampling, version=self.version, **others)
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory):
+    """One engine per architecture, all loading at the same time."""
+    labs = {}
+    try:
+        for name, config in CONFIGS.items():
+            directory = tmp_path_factory.mktemp(name)
+            models = {"A": random_model(config, 1), "B": random_model(config, 2)}
+            models["A"].save_pretrained(directory)
+            arena = write_arena(directory / "arena", named_weights(models["A"]))
+            labs[name] = Lab(start_engine(directory), models, arena)
+        for lab in labs.values():
+            lab.engine.wait_ready()
+            lab.cold = lab.generate()
+        yield labs
+    finally:
+        for lab in labs.values():
+            lab.engine.close()
+
+
+@pytest.fixture
+def lab(labs):
+    """The engine with weights A."""
+    lab = labs["qwen3_with_qk_norm"]
+    lab.publish("A")
+    return lab
+
+
+@pytest.fixture(params=CONFIGS)
+def each_lab(request, labs):
+    return labs[request.param]
+
+
+def test_a_new_engine_has_the_logprobs_of_its_checkpoint(each_lab):
+    assert logprob_error(each_lab.models["A"], PROMPTS, each_lab.cold) < TOLERANCE
+    assert {rollout.weight_version for group in each_lab.cold for rollout in group} == {0}
+
+
+def test_refreshed_weights_have_the_logprobs_of_transformers(each_lab):
+    version = each_lab.publish("B")
+    groups = each_lab.generate()
+    assert logprob_error(each_lab.models["B"], PROMPTS, groups) < TOLERANCE
+    assert logprob_error(each_lab.models["A"], PROMPTS, groups) > 0.1
+    assert {rollout.weight_version for group in groups for rollout in group} == {version}
+
+
+def test_refresh_there_and_back_equals_the_cold_start_bit_by_bit(each_lab):
+    each_lab.publish("B")
+    each_lab.publish("A")
+    groups = each_lab.generate()
+    cold = each_lab.cold
+    assert [[r.logprobs for r in g] for g in groups] == [[r.logprobs for r in g] for g in cold]
+
+
+def test_logprobs_are_those_of_the_sampling_temperature(lab):
+    groups = lab.generate(Sampling(n=2, max_tokens=12, temperature=0.7, seed=1))
+    assert logprob_error(lab.models["A"], PROMPTS, groups, temperature=0.7) < TOLERANCE
+    assert logprob_error(lab.models["A"], PROMPTS, groups) > 0.1
+
+
+def test_logprobs_are_renormalised_over_the_top_k(lab):
+    # With k = 1 the only candidate has probability 1.
+    groups = lab.generate(Sampling(max_tokens=4, top_k=1))
+    assert [logprob for (rollout,) in groups for logprob in rollout.logprobs] == [0.0] * 16
+
+
+def test_greedy_takes_the_most_likely_token(lab):
+    (rollout,) = lab.generate(Sampling(temperature=0, max_tokens=1), prompts=PROMPTS[:1])[0]
+    with torch.no_grad():
+        best = lab.models["A"](torch.tensor(PROMPTS[:1])).logits[0, -1].argmax().item()
+    assert rollout.token_ids == [best]
+
+
+def test_a_seed_fixes_the_tokens_and_another_changes_them(lab):
+    def tokens(seed):
+        groups = lab.generate(Sampling(n=2, max_tokens=12, seed=seed))
+        return [rollout.token_ids for group in groups for rollout in group]
+
+    assert tokens(5) == tokens(5)
+    assert tokens(5) != tokens(6)
+
+
+def test_equal_prompts_of_one_call_get_different_responses(lab):
+    groups = lab.generate(Sampling(n=2, max_tokens=12, seed=5), prompts=[[3, 4]] * 4)
+    assert len({tuple(rollout.token_ids) for group in groups for rollout in group}) == 8
+
+
+def test_response_i_of_a_seeded_prompt_uses_seed_plus_i(lab):
+    # Children of seed 40 are streams 40, 41, 42, whatever else is in the batch.
+    (group, _) = lab.generate(Sampling(n=3, max_tokens=12), PROMPTS[:2], seeds=[40, 90])
+    alone = lab.generate(Sampling(max_tokens=12), PROMPTS[:1] * 3, seeds=[40, 41, 42])
+    assert [r.token_ids for r in group] == [r.token_ids for (r,) in alone]
+
+
+def test_a_stop_token_ends_the_response_and_is_part_of_it(lab):
+    free = lab.generate()[0][0]
+    stop = free.token_ids[3]
+    first = free.token_ids.index(stop)
+    sampling = Sampling(n=2, max_tokens=12, seed=5, stop_token_ids=[stop])
+    stopped = lab.generate(sampling)[0][0]
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert len(stopped.logprobs) == first + 1
+    assert stopped.finish_reason == "stop"
+
+
+def test_only_the_given_end_tokens_end_a_response(lab):
+    # The model's generation config calls 1 an end token; 512 draws of 67 tokens contain it.
+    groups = lab.generate(Sampling(n=8, max_tokens=64, seed=3))
+    rollouts = [rollout for group in groups for rollout in group]
+    assert any(1 in rollout.token_ids[:-1] for rollout in rollouts)
+    assert {len(rollout.token_ids) for rollout in rollouts} == {64}
+    assert {rollout.finish_reason for rollout in rollouts} == {"length"}
+
+
+def test_a_long_prompt_that_was_cached_is_computed_anew_after_a_refresh(lab):
+    # vLLM on CPU caches blocks of 128 tokens: this prompt fills one.
+    prompts = [[(7 * i) % VOCAB for i in range(200)]]
+    assert logprob_error(lab.models["A"], prompts, lab.generate(prompts=prompts)) < TOLERANCE
+    lab.publish("B")
+    assert logprob_error(lab.models["B"], prompts, lab.generate(prompts=prompts)) < TOLERANCE
+
+
+def test_no_prompts_give_no_responses(lab):
+    assert lab.generate(prompts=[]) == []
+
+
+def test_responses_of_a_version_that_the_engine_does_not_hold_are_refused(lab):
+    with pytest.raises(RolloutError, match=f"version {lab.version + 1}, the engine holds"):
+        lab.engine.generate(PROMPTS, SAMPLING, version=lab.version + 1)
+    assert lab.generate()[0][0].weight_version == lab.version
+
+
+def test_an_unknown_token_is_refused_and_the_engine_lives_on(lab):
+    with pytest.raises(RolloutError, match=f"prompt 2 contains token id {VOCAB}"):
+        lab.generate(prompts=[[1], [2], [3, VOCAB]])
+    assert len(lab.generate()) == len(PROMPTS)
+
+
+def test_a_prompt_too_long_for_the_engine_is_refused(lab):
+    with pytest.raises(RolloutError, match=f"prompt 0 has {MAX_MODEL_LEN} tokens"):
+        lab.generate(prompts=[[1] * MAX_MODEL_LEN])
+
+
+def assert_refused_and_healed(lab, error: str, arena: Path) -> None:
+    """The refresh fails with `error`, nothing is generated, and the next good one repairs it."""
+    with pytest.raises(WeightSyncError, match=error):
+        lab.engine.refresh(arena, lab.version + 1)
+    with pytest.raises(WeightSyncError, match="the last weight refresh failed: "):
+        lab.generate()
+    lab.publish("A")
+    groups = lab.generate()
+    assert [[r.logprobs for r in g] for g in groups] == [[r.logprobs for r in g] for g in lab.cold]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_missing_tensor_is_named_and_a_good_refresh_heals_the_engine(lab, tmp_path, name):
+    weights = named_weights(lab.models["B"])
+    del weights[name]
+    assert_refused_and_healed(
+        lab, rf"missing \['{name}'\]", write_arena(tmp_path / "arena", weights)
+    )
+
+
+def test_an_unknown_tensor_is_named(lab, tmp_path):
+    weights = named_weights(lab.models["B"]) | {"model.layers.9.mlp.bias": torch.zeros(4)}
+    arena = write_arena(tmp_path / "arena", weights)
+    assert_refused_and_healed(lab, r"unknown \['model.layers.9.mlp.bias'\]", arena)
+
+
+def test_an_arena_that_is_not_there_is_named(lab, tmp_path):
+    assert_refused_and_healed(lab, "nowhere: cannot open the file", tmp_path / "nowhere")
+
+
+def test_a_version_below_that_of_the_engine_is_refused(lab):
+    with pytest.raises(WeightSyncError, match="versions only grow"):
+        lab.engine.refresh(lab.arena, lab.version - 1)
+    lab.publish("A")
+
+
+def test_inside_the_engine_process():
+    """The checks that need vLLM's objects; the script explains each."""
+    script = Path(__file__).parent / "inside_engine_process.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_engine_that_dies_while_loading_is_reported_with_its_log(tmp_path, monkeypatch):
+    broken_python = tmp_path / "python"
+    broken_python.write_text("#!/bin/sh\necho cannot load libcuda\nexit 3\n")
+    broken_python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(broken_python))
+    engine = start_engine(tmp_path)
+    try:
+        with pytest.raises(RolloutError, match=r"(?s)exit code 3; .*cannot load libcuda"):
+            engine.wait_ready()
+    finally:
+        engine.close()
+
+
+def test_an_engine_over_its_deadline_is_killed(labs):
+    engine = start_engine(labs["llama"].arena.parent, start_timeout_s=0.5)
+    try:
+        with pytest.raises(RolloutError, match=r"no answer from the engine within 0\.5 s"):
+            engine.wait_ready()
+        assert is_gone(engine.pid)
+    finally:
+        engine.close()
+
+
+ORPHAN_MAKER = """
+import os, signal, sys
+from pathlib import Path
+from megatron_cpgd.rollout.vllm_engine import VllmEngine
+engine = VllmEngine(
+    Path(sys.argv[1]), dtype="fp32", max_model_len=64, engine_args={}, start_timeout_s=60,
+    step_timeout_s=60, log_path=None, seed=0,
+)
+print(engine.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_engine_does_not_outlive_a_trainer_that_was_killed(tmp_path):
+    command = [sys.executable, "-c", ORPHAN_MAKER, str(tmp_path)]
+    # Nobody is left to remove its temporary folder.
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    trainer = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert trainer.returncode == -signal.SIGKILL
+    engine = int(trainer.stdout)
+    deadline = time.monotonic() + 60
+    while not is_gone(engine) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    survived = not is_gone(engine)
+    if survived:
+        os.kill(engine, signal.SIGKILL)
+    assert not survived
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def test_an_engine_killed_while_generating_is_reported_at_once(labs):
+    """Last of this file: it uses up the engine."""
+    lab = labs["llama"]
+    threading.Timer(0.3, os.kill, (lab.engine.pid, signal.SIGKILL)).start()
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="generating: the engine was killed by signal 9"):
+        lab.generate(Sampling(n=64, max_tokens=200), prompts=PROMPTS * 16)
+    assert time.monotonic() - start < 2.0
+    with pytest.raises(RolloutError, match="killed by signal 9"):
+        lab.generate()
+    lab.engine.close()
+    with pytest.raises(RolloutError, match="the engine was closed"):
+        lab.generate()
