@@ -40,7 +40,7 @@ def compute_advantages(
         ValueError: wrong shape, fewer than two rollouts per prompt, or a reward that is not finite.
     """
     rewards = _checked(rewards)
-    # Not std == 0: a mean taken as sum * (1 / G), as some kernels do, misses equal numbers by a bit.
+    # Not std == 0: a mean taken as sum * (1 / G), as some kernels do, is a bit off equal numbers.
     zero_variance = rewards.amax(dim=1) == rewards.amin(dim=1)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     centred = centred.masked_fill(zero_variance[:, None], 0.0)
