@@ -83,6 +83,19 @@ def test_a_tied_head_is_an_alias_of_the_embedding() -> None:
     assert untied.ignore_reason("lm_head.weight") is None
 
 
+def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
+    # hidden 48 / 6 heads = 8 for Llama and Qwen2, but 128 for Qwen3
+    for model_type, config_class, rows in (
+        ("llama", LlamaConfig, 6 * 8),
+        ("qwen2", Qwen2Config, 6 * 8),
+        ("qwen3", Qwen3Config, 6 * 128),
+    ):
+        table = weight_table({"model_type": model_type, **BASE})
+        name = "model.layers.0.self_attn.q_proj.weight"
+        model = AutoModelForCausalLM.from_config(config_class(**BASE))
+        assert table.hf_shapes[name] == tuple(model.get_parameter(name).shape) == (rows, 48)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
