@@ -115,7 +115,9 @@ def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, rank_program, monkeypat
         "    sys.exit(3)\n"
         "time.sleep(60)"
     )
+    start = time.monotonic()
     assert launch_ranks(argv, 2, tmp_path / "logs") == 3
+    assert time.monotonic() - start < 30
     wait_until_gone(int((tmp_path / "pid_0").read_text()))
 
 

@@ -30,6 +30,9 @@ def test_a_tensor_parallel_size_that_does_not_divide_the_heads_lists_those_that_
     assert "parallel.tp=8 does not divide num_key_value_heads=4 of " in problem
     assert problem.endswith("use 1, 2 or 4")
     assert len(check("parallel.tp=3")) == 2
+    # 3 and 6 divide only the heads, 8 only the KV heads.
+    problems = check("parallel.tp=5", num_attention_heads=12, num_key_value_heads=8)
+    assert [problem.rpartition("; ")[2] for problem in problems] == ["use 1, 2 or 4"] * 2
 
 
 def test_without_kv_heads_every_head_has_its_own(check):
