@@ -61,7 +61,7 @@ class CpgdObjective:
         self, parts: list[Statistics], all_reduce: Callable[[Tensor, Any], None]
     ) -> dict[str, float]:
         """Metrics over the parts of all ranks; `all_reduce` works in place."""
-        merged = merge_statistics([*parts, empty_statistics()])
+        merged = merge_statistics(parts or [empty_statistics()])
         all_reduce(merged.totals, dist.ReduceOp.SUM)
         all_reduce(merged.maxima, dist.ReduceOp.MAX)
         return merged.finish()

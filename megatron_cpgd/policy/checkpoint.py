@@ -24,11 +24,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.hf_export import copy_side_files
 
 MANIFEST = "MANIFEST.json"
 TRAINER_STATE = "trainer_state.json"
+HF_FILES = "hf"
+"""Folder inside a checkpoint with config.json and tokenizer of the model."""
 FORMAT = "megatron_cpgd/1"
 
 
@@ -37,12 +41,16 @@ def save_checkpoint(
     chunks: list[Any],
     optimizer: MegatronOptimizer | None,
     trainer_state: dict[str, Any],
+    *,
+    hf_source: Path,
 ) -> None:
     """Write everything, then the manifest, then give the folder its name. Collective.
 
     Args:
         optimizer: None saves the weights only.
         trainer_state: what JSON can hold.
+        hf_source: folder whose config.json and tokenizer go along, so that the checkpoint alone
+            is enough to build the model and to convert it back.
     """
     partial = path.with_name(path.name + ".partial")
     if dist.get_rank() == 0:
@@ -61,7 +69,12 @@ def save_checkpoint(
     )
     dist.barrier()
     if dist.get_rank() == 0:
-        _commit(partial, path, trainer_state, has_optimizer=optimizer is not None)
+        (partial / HF_FILES).mkdir()
+        copy_side_files(hf_source, partial / HF_FILES)
+        dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+        _commit(
+            partial, path, trainer_state, {"has_optimizer": optimizer is not None, "dtype": dtype}
+        )
     dist.barrier()
 
 
@@ -70,29 +83,31 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill model and optimizer, whatever layout saved them; returns the trainer state.
 
-    Collective over the world. With `optimizer` None only the weights are read.
+    Collective over the world. A checkpoint of weights only leaves the optimizer at its start.
 
     Raises:
         ConversionError: the folder is not a complete checkpoint.
     """
     manifest = check_checkpoint(path)
-    if optimizer is not None and not manifest["has_optimizer"]:
-        raise ConversionError(f"{path}: holds weights only, the optimizer state is missing")
+    stored = optimizer if manifest["has_optimizer"] else None
     metadata = _metadata()
-    if optimizer is not None:
+    if stored is not None:
         # torch's Adam has no state before its first step, and upstream reads the state's shape.
-        for part in optimizer.chained_optimizers:
-            part._init_optimizer_states_with_dummy_values()
+        for part in stored.chained_optimizers:
+            if isinstance(part, DistributedOptimizer):  # the others do it by themselves
+                part._init_optimizer_states_with_dummy_values()
     state = dist_checkpointing.load(
-        _sharded_state(chunks, optimizer, metadata, is_loading=True),
+        _sharded_state(chunks, stored, metadata, is_loading=True),
         str(path),
         FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group()),
     )
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[_chunk_key(i, len(chunks))], strict=False)
-    if optimizer is not None:
+    if stored is not None:
         with torch.no_grad():
-            optimizer.load_state_dict(state["optimizer"])
+            stored.load_state_dict(state["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()  # the fp32 copies of bf16 weights
     trainer_state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
     return trainer_state
 
@@ -153,7 +168,7 @@ def _sharded_state(
 
 
 def _commit(
-    partial: Path, path: Path, trainer_state: dict[str, Any], *, has_optimizer: bool
+    partial: Path, path: Path, trainer_state: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
     files = {
@@ -161,7 +176,7 @@ def _commit(
         for file in sorted(partial.rglob("*"))
         if file.is_file()
     }
-    manifest = {"format": FORMAT, "has_optimizer": has_optimizer, "files": files}
+    manifest = {"format": FORMAT, **facts, "files": files}
     with (partial / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=2)
         file.flush()

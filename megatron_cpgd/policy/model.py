@@ -42,6 +42,8 @@ FIXED_FIELDS = {
     "bf16": "precision.train",
     "fp16": "precision.train",
     "recompute_granularity": "model.recompute",
+    "hidden_dropout": "nothing: old and new log-probs must come from one function",
+    "attention_dropout": "nothing: old and new log-probs must come from one function",
     "calculate_per_token_loss": "nothing: the loss has its own global denominators",
     "variable_seq_lengths": "nothing: micro-batches of a pipeline have one shape",
     "overlap_p2p_comm": "parallel.vpp",
@@ -84,7 +86,7 @@ def build_transformer_config(
         "hidden_size": hf["hidden_size"],
         "num_attention_heads": heads,
         "num_query_groups": hf.get("num_key_value_heads", heads),
-        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "kv_channels": _head_dim(hf),
         "ffn_hidden_size": hf["intermediate_size"],
         "layernorm_epsilon": hf["rms_norm_eps"],
         "normalization": "RMSNorm",
@@ -159,6 +161,11 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     parameters.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     return parameters
+
+
+def _head_dim(hf: dict[str, Any]) -> int:
+    default = 128 if hf["model_type"] == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
+    return int(hf.get("head_dim") or default)
 
 
 def _rope_arguments(hf: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Policy:
         """Build the shard and load it from the Hugging Face checkpoint."""
         self.info = info
         self._table = table
+        self._hf_source = config.model.path
         self._optim = config.optim
         self._batch = config.batch
         self._total_steps = (
@@ -108,6 +109,8 @@ class Policy:
         )
         self.optimizer_steps = 0
         """Optimizer steps so far, skipped ones included: the clock of the learning rate."""
+        self.updates = 0
+        """Optimizer steps that changed the weights."""
 
     @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
@@ -164,6 +167,7 @@ class Policy:
         skipped = _not_finite(metrics, grad_norm)
         if skipped is None:
             apply_gradients(self._optimizer)
+            self.updates += 1
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
 
@@ -173,13 +177,16 @@ class Policy:
 
     def save(self, path: Path, trainer_state: dict[str, Any]) -> None:
         """Save weights, optimizer and `trainer_state` as a distributed checkpoint."""
-        state = {"optimizer_steps": self.optimizer_steps, **trainer_state}
-        save_checkpoint(path, self._chunks, self._optimizer, state)
+        steps = {"optimizer_steps": self.optimizer_steps, "updates": self.updates}
+        # Before its first update Adam has no state, which upstream cannot save.
+        optimizer = self._optimizer if self.updates else None
+        state = steps | trainer_state
+        save_checkpoint(path, self._chunks, optimizer, state, hf_source=self._hf_source)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; returns its trainer state."""
         state = load_checkpoint(path, self._chunks, self._optimizer)
-        self.optimizer_steps = state["optimizer_steps"]
+        self.optimizer_steps, self.updates = state["optimizer_steps"], state["updates"]
         return state
 
 

@@ -70,7 +70,7 @@ class HfWriter:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         try:
-            _copy_side_files(source_dir, partial, SIDE_FILES + (CODE_FILES if copy_code else ()))
+            copy_side_files(source_dir, partial, SIDE_FILES + (CODE_FILES if copy_code else ()))
             _write_json(partial / "config.json", _with_dtype(config, dtype))
             tensors = {name: (dtype, shape) for name, shape in table.hf_shapes.items()}
             files = _create_shards(partial, tensors, max_shard_bytes)
@@ -170,11 +170,13 @@ def _create_shards(folder: Path, tensors: Tensors, max_shard_bytes: int) -> list
     ]
 
 
-def _copy_side_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy top-level files; weights have indexes of their own, config.json is written anew."""
+def copy_side_files(
+    source: Path, target: Path, patterns: tuple[str, ...] = SIDE_FILES
+) -> None:
+    """Copy config.json, tokenizer and templates: all top-level files of a model but its weights."""
     paths = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in sorted(paths):
-        if path.name != "config.json" and not path.name.endswith(".index.json"):
+        if not path.name.endswith(".index.json"):  # weights have indexes of their own
             shutil.copyfile(path, target / path.name)
 
 

@@ -1,0 +1,192 @@
+"""One run on one rank: what is built at the start, and what is saved along the way."""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_cpgd.config.load import save_config
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import TrainingDivergedError
+from megatron_cpgd.files import write_text_atomic
+from megatron_cpgd.policy.parallel import init_model_parallel, join_world
+from megatron_cpgd.policy.policy import Policy
+from megatron_cpgd.sampler import Prompts, Sampler
+from megatron_cpgd.tracking.console import step_line, summary_table
+from megatron_cpgd.tracking.logging import setup_logging
+from megatron_cpgd.tracking.metrics import MetricsLog, read_metrics
+from megatron_cpgd.tracking.plot import plot_learning_curve
+from megatron_cpgd.tracking.run_folder import RunFolder
+from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+from megatron_cpgd.weight_sync.sync import rollout_dtype
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
+from megatron_cpgd.weights.hf_export import HfWriter
+from megatron_cpgd.weights.registry import weight_table
+from megatron_cpgd.weights.table import WeightTable
+from megatron_cpgd.weights.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything that lives as long as the run. `prompts`, `sampler` and `metrics` are rank 0's."""
+
+    config: ExperimentConfig
+    folder: RunFolder
+    policy: Policy
+    table: WeightTable
+    arena: TensorFile
+    done: int
+    """Steps that are finished."""
+    bad_steps: int
+    """Optimizer steps in a row that were skipped."""
+    prompts: Prompts | None = None
+    sampler: Sampler | None = None
+    metrics: MetricsLog | None = None
+
+
+@contextmanager
+def start_run(config: ExperimentConfig) -> Iterator[Run]:
+    """Build the run, or continue the one in run.dir. Collective: every rank calls it.
+
+    Rank 0 first loads and checks all that the user gave, before anything is written or started.
+    """
+    rank = int(os.environ["RANK"])
+    with ExitStack() as stack, HfCheckpoint.open(config.model.path) as checkpoint:
+        table = weight_table(checkpoint.config)
+        checkpoint.check(table)
+        folder = RunFolder(config.run.dir)
+        prompts = sampler = None
+        if rank == 0:
+            prompts = Prompts(config)
+        setup_logging(rank, folder.log(rank))
+        if rank == 0 and prompts:
+            folder.write_versions()
+            sampler = Sampler(config, prompts, folder.logs / "engine.log")
+            stack.callback(sampler.close)
+        join_world()
+        stack.callback(_leave_world)
+        info = init_model_parallel(config.parallel, seed=config.run.seed)
+        policy = Policy(config, info, checkpoint, table)
+        arena = open_arena(table, rollout_dtype(config.precision.rollout or config.precision.train))
+        stack.callback(remove_arena, arena)
+        state = _resume(policy, folder)
+        run = Run(
+            config=config, folder=folder, policy=policy, table=table, arena=arena,
+            done=state["step"], bad_steps=state["bad_steps"], prompts=prompts, sampler=sampler,
+        )  # fmt: skip
+        if prompts:
+            _restore_rank_0(run, state)
+        yield run
+
+
+def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
+    """Write the step's row and show its line; rank 0 only does something."""
+    if run.metrics is None:
+        return
+    run.metrics.append(step, metrics)
+    sys.stdout.write(step_line(step, run.config.run.steps, metrics) + "\n")
+    sys.stdout.flush()
+
+
+def log_summary(run: Run) -> None:
+    """Draw the plot and show the table of the whole run; rank 0 only does something."""
+    if run.metrics is None:
+        return
+    rows = read_metrics(run.folder.metrics)
+    plot_learning_curve(rows, run.folder.learning_curve)
+    sys.stdout.write(f"\n{summary_table(rows)}\nplot: {run.folder.learning_curve}\n")
+    sys.stdout.flush()
+
+
+def save(run: Run, step: int) -> None:
+    """Save a checkpoint from which the same command resumes. Collective over the world."""
+    state: dict[str, Any] = {"step": step, "bad_steps": run.bad_steps}
+    if run.prompts:
+        state["prompts"] = run.prompts.stream.state()
+    run.policy.save(run.folder.checkpoint(step), state)
+    if run.policy.info.rank == 0:
+        latest = run.folder.checkpoints / "latest"
+        write_text_atomic(latest, f"{run.folder.checkpoint(step).name}\n")
+        _remove_old(run.folder.checkpoints, keep=run.config.checkpoint.keep)
+
+
+def export(run: Run, step: int) -> Path:
+    """Write the policy as a Hugging Face folder. Collective over the world."""
+    target = run.folder.hf(step)
+    if target.exists():
+        return target
+    dtype = rollout_dtype(run.config.precision.train)
+    writer = None
+    if run.policy.info.rank == 0:
+        source = run.config.model.path
+        writer = HfWriter.create(target, table=run.table, source_dir=source, dtype=dtype)
+    dist.barrier()
+    writer = writer or HfWriter.attach(target)
+    run.policy.write_weights(writer.view)
+    if run.policy.info.rank == 0:
+        writer.commit()
+        logger.info("exported step %d to %s", step, target)
+    else:
+        writer.close()
+    return target
+
+
+def note_skipped(run: Run, reason: str | None, step: int) -> None:
+    """Count optimizer steps in a row that were skipped; save and stop when there are too many.
+
+    Collective over the world.
+
+    Raises:
+        TrainingDivergedError: on every rank.
+    """
+    run.bad_steps = run.bad_steps + 1 if reason else 0
+    if not reason:
+        return
+    limit = run.config.tracking.max_bad_steps
+    logger.warning("step %d: optimizer step skipped, %s (%d in a row)", step, reason, run.bad_steps)
+    if run.bad_steps >= limit:
+        run.bad_steps = 0  # a resumed run starts counting anew
+        save(run, step - 1)
+        raise TrainingDivergedError(
+            f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
+            f"{reason}; the state before this step is in {run.folder.checkpoint(step - 1)}"
+        )
+
+
+def _resume(policy: Policy, folder: RunFolder) -> dict[str, Any]:
+    """Load the newest checkpoint, if there is one; returns its trainer state."""
+    latest = folder.checkpoints / "latest"
+    if not latest.exists():
+        return {"step": 0, "bad_steps": 0, "prompts": None}
+    path = folder.checkpoints / latest.read_text().strip()
+    state = policy.load(path)
+    logger.info("resumed from %s", path)
+    return state
+
+
+def _restore_rank_0(run: Run, state: dict[str, Any]) -> None:
+    assert run.prompts
+    if state["prompts"] is not None:
+        run.prompts.stream.load_state(state["prompts"])
+    run.metrics = MetricsLog(run.folder.metrics, resumed_step=run.done if run.done else None)
+    save_config(run.config, run.folder.config)
+
+
+def _remove_old(checkpoints: Path, *, keep: int) -> None:
+    complete = sorted(path for path in checkpoints.glob("step_*") if path.suffix != ".partial")
+    for path in complete[:-keep]:
+        shutil.rmtree(path)
+
+
+def _leave_world() -> None:
+    if sys.exc_info()[0] is None:  # after an error the other ranks may be anywhere
+        dist.destroy_process_group()

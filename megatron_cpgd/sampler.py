@@ -1,0 +1,252 @@
+"""Rank 0's side of a step: prompts to responses to rewards to weighted advantages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages
+from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
+from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
+from megatron_cpgd.data.stream import PromptStream
+from megatron_cpgd.errors import DataError
+from megatron_cpgd.rewards.base import RewardRequest, RewardResult
+from megatron_cpgd.rewards.pool import RewardPool
+from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.rollout.vllm_engine import VllmEngine
+from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """One rollout batch with everything that rank 0 knows about it."""
+
+    groups: list[RolloutGroup]
+    rewards: RewardResult
+    """Flat, response after response."""
+    advantages: Advantages
+
+    @property
+    def group_size(self) -> int:
+        return len(self.groups[0].rollouts)
+
+    def per_group(self, values: Sequence[float]) -> list[list[float]]:
+        """A flat list of the batch as [P, G]."""
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.group_size).tolist()
+
+
+class Prompts:
+    """Training and evaluation prompts, loaded and checked before anything is started."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        """Raises DataError: data, tokenizer or chat template cannot be used."""
+        self.tokenizer = load_tokenizer(
+            config.model.tokenizer or config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no end-of-sequence token; "
+                "responses would never end: set eos_token in tokenizer_config.json"
+            )
+        self.train = self._load(config, config.data.path)
+        self.eval = {
+            name: self._load(config, each.path)[: each.max_prompts]
+            for name, each in config.eval.sets.items()
+        }
+        self.stream = PromptStream(
+            len(self.train),
+            config.rollout.prompts_per_step,
+            seed=config.run.seed,
+            shuffle=config.data.shuffle,
+        )
+
+    def _load(self, config: ExperimentConfig, path: Path) -> list[Prompt]:
+        data = config.data
+        return load_prompts(
+            path,
+            tokenizer=self.tokenizer,
+            prompt_key=data.prompt_key,
+            answer_key=data.answer_key,
+            system_prompt=data.system_prompt,
+            chat_template=data.chat_template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            too_long=data.too_long,
+        )
+
+
+class Sampler:
+    """Generates and scores rollouts; owns the engine and the reward workers."""
+
+    def __init__(self, config: ExperimentConfig, prompts: Prompts, engine_log: Path) -> None:
+        """Start the engine, which loads while the trainers build the model, and the workers."""
+        self._config = config
+        self._prompts = prompts
+        self.engine = VllmEngine(
+            config.model.path,
+            dtype=config.precision.rollout or config.precision.train,
+            max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            engine_args=config.rollout.engine_args,
+            start_timeout_s=config.rollout.start_timeout_s,
+            step_timeout_s=config.rollout.step_timeout_s,
+            log_path=engine_log,
+            seed=config.run.seed,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self._rewards = RewardPool(
+            config.rewards.functions,
+            workers=config.rewards.workers,
+            timeout_s=config.rewards.timeout_s,
+        )
+
+    def generate(self, step: int) -> list[RolloutGroup]:
+        """All responses of a training step, by the weights of the step before."""
+        rollout = self._config.rollout
+        prompts = [self._prompts.train[i] for i in self._prompts.stream.next_batch()]
+        size = rollout.samples_per_prompt
+        # One stream per response of the whole run: a resumed run samples the same.
+        first = (self._config.run.seed << 40) + step * len(prompts) * size
+        sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
+        return self._generate(prompts, sampling, seed=first, version=step - 1)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> ScoredBatch:
+        """Rewards of all responses, and their advantages."""
+        rewards = self._score(groups)
+        weight = self._config.algorithm.prompt_weight
+        advantages = compute_advantages(
+            torch.tensor(rewards.total).view(len(groups), -1),
+            prompt_weight=weight.type,
+            max_weight=weight.max_weight,
+        )
+        return ScoredBatch(groups=list(groups), rewards=rewards, advantages=advantages)
+
+    def evaluate(self, version: int) -> dict[str, float]:
+        """Accuracy and response length on every evaluation set."""
+        metrics = {}
+        for name, each in self._config.eval.sets.items():
+            groups = self._generate(
+                self._prompts.eval[name],
+                self._eval_sampling(each),
+                seed=self._config.run.seed,
+                version=version,
+            )
+            rollouts = [rollout for group in groups for rollout in group.rollouts]
+            metrics |= {
+                f"eval/{name}/accuracy": accuracy(self._score(groups)),
+                f"eval/{name}/response_tokens_mean": fmean(len(r.token_ids) for r in rollouts),
+            }
+        return metrics
+
+    def close(self) -> None:
+        """End the engine and the workers."""
+        self.engine.close()
+        self._rewards.close()
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, version: int
+    ) -> list[RolloutGroup]:
+        responses = self.engine.generate(
+            [prompt.token_ids for prompt in prompts],
+            replace(sampling, seed=seed),
+            version=version,
+        )
+        return [
+            RolloutGroup(prompt=prompt, rollouts=[self._with_text(each) for each in rollouts])
+            for prompt, rollouts in zip(prompts, responses, strict=True)
+        ]
+
+    def _with_text(self, rollout: Rollout) -> Rollout:
+        text = self._prompts.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        return replace(rollout, text=text)
+
+    def _score(self, groups: Sequence[RolloutGroup]) -> RewardResult:
+        return self._rewards.score(
+            [
+                RewardRequest(
+                    response=rollout.text, answer=group.prompt.answer, fields=group.prompt.fields
+                )
+                for group in groups
+                for rollout in group.rollouts
+            ]
+        )
+
+    def _sampling(self, n: int, temperature: float, top_p: float, top_k: int) -> Sampling:
+        return Sampling(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_tokens=self._config.rollout.max_response_tokens,
+            stop_token_ids=[self._prompts.tokenizer.eos_token_id],
+        )
+
+    def _eval_sampling(self, each: EvalSet) -> Sampling:
+        return self._sampling(each.samples_per_prompt, each.temperature, 1.0, -1)
+
+
+def accuracy(rewards: RewardResult) -> float:
+    """Share of responses whose first reward is above 0."""
+    first = next(iter(rewards.columns.values()))
+    return fmean(value > 0 for value in first)
+
+
+def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
+    """The batch as the trainer takes it."""
+    return [
+        TrainSequence(
+            group=i,
+            prompt_ids=torch.tensor(group.prompt.token_ids),
+            response_ids=torch.tensor(rollout.token_ids, dtype=torch.int64),
+            rollout_logprobs=torch.tensor(rollout.logprobs, dtype=torch.float32),
+            advantage=advantage,
+        )
+        for i, (group, row) in enumerate(
+            zip(batch.groups, batch.advantages.values.tolist(), strict=True)
+        )
+        for rollout, advantage in zip(group.rollouts, row, strict=True)
+    ]
+
+
+def batch_metrics(batch: ScoredBatch) -> dict[str, float]:
+    """What a batch says before any training on it."""
+    rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts]).double()
+    rewards = torch.tensor(batch.rewards.total, dtype=torch.float64)
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "reward/accuracy": accuracy(batch.rewards),
+        "reward/timeouts": batch.rewards.timeouts,
+        "reward/errors": batch.rewards.errors,
+        "reward/zero_variance_frac": batch.advantages.zero_variance.double().mean().item(),
+        "reward/prompt_weight_mean": batch.advantages.prompt_weight.double().mean().item(),
+        "rollout/response_tokens": lengths.sum().item(),
+        "rollout/response_tokens_mean": lengths.mean().item(),
+        "rollout/response_tokens_max": lengths.max().item(),
+        "rollout/truncated_frac": fmean(r.finish_reason == "length" for r in rollouts),
+        **_column_means(batch.rewards.columns),
+    }
+
+
+def logprob_gap(sequences: Sequence[TrainSequence]) -> dict[str, float]:
+    """|trainer - engine| log-prob of the sampled tokens, before any update."""
+    difference = torch.cat([_old(s) - s.rollout_logprobs for s in sequences]).double().abs()
+    if not len(difference):
+        return {}
+    return {
+        "rollout/logprob_abs_diff_mean": difference.mean().item(),
+        "rollout/logprob_abs_diff_max": difference.max().item(),
+    }
+
+
+def _old(sequence: TrainSequence) -> Tensor:
+    assert sequence.old_logprobs is not None
+    return sequence.old_logprobs
+
+
+def _column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    return {f"reward/{name}_mean": fmean(values) for name, values in columns.items()}

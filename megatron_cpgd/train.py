@@ -1,0 +1,150 @@
+"""The training loop, top to bottom: follow one batch downwards from `train`."""
+
+from typing import Any
+
+from megatron_cpgd.algorithm.coefficients import split_mini_batches
+from megatron_cpgd.algorithm.objective import (
+    build_loss_sequences,
+    build_objective,
+    set_epoch_weights,
+    without_loss,
+)
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.policy.policy import StepResult
+from megatron_cpgd.policy.share import share_sequences
+from megatron_cpgd.run import Run, export, log_step, log_summary, note_skipped, save, start_run
+from megatron_cpgd.sampler import ScoredBatch, batch_metrics, logprob_gap, train_sequences
+from megatron_cpgd.tracking.rollout_log import write_rollouts
+from megatron_cpgd.tracking.timer import StepTimer
+from megatron_cpgd.types import TrainSequence
+from megatron_cpgd.weight_sync.sync import sync_weights
+
+
+def train(config: ExperimentConfig) -> None:
+    """Train until run.steps, from where run.dir stands. Every rank runs this function.
+
+    Rank 0 alone samples and scores; all other work is collective.
+    """
+    with start_run(config) as run:
+        engine = run.sampler.engine if run.sampler else None
+        sync_weights(run.policy, engine, run.arena, version=run.done)
+        if run.done == 0:
+            log_step(run, 0, _evaluate(run, 0))
+        timer = StepTimer()
+        for step in range(run.done + 1, config.run.steps + 1):
+            batch = None
+            if run.sampler:
+                with timer("generate"):
+                    groups = run.sampler.generate(step)
+                with timer("score"):
+                    batch = run.sampler.score(groups)
+            sequences = share_sequences(train_sequences(batch) if batch else None)
+            with timer("old_logprobs"):
+                _set_old_logprobs(run, sequences)  # pi_old under Megatron, not the sampler
+            metrics = _check_gap(run, step, logprob_gap(sequences))
+            with timer("train"):
+                metrics |= _optimise(run, sequences, step)
+            with timer("sync"):
+                metrics |= sync_weights(run.policy, engine, run.arena, version=step)
+            _finish_step(run, step, batch, metrics, timer)
+        export(run, config.run.steps)
+        log_summary(run)
+
+
+def _set_old_logprobs(run: Run, sequences: list[TrainSequence]) -> None:
+    logprobs = run.policy.compute_logprobs(without_loss(sequences))
+    for sequence, values in zip(sequences, logprobs, strict=True):
+        sequence.old_logprobs = values
+
+
+def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
+    """All optimizer steps on one rollout batch; returns the means of their metrics."""
+    config = run.config.algorithm
+    objective = build_objective(config)
+    results: list[StepResult] = []
+    for epoch in range(config.epochs):
+        if epoch > 0:
+            epoch_start = run.policy.compute_logprobs(without_loss(sequences))
+            set_epoch_weights(sequences, epoch_start, config.clip)
+        for groups in split_mini_batches(run.config.rollout.prompts_per_step, config.mini_batches):
+            mini_batch = [sequence for sequence in sequences if sequence.group in groups]
+            loss_sequences = build_loss_sequences(mini_batch, config)
+            results.append(run.policy.train_step(loss_sequences, objective))
+            note_skipped(run, results[-1].skipped, step)
+    return _mean_metrics(results)
+
+
+def _mean_metrics(results: list[StepResult]) -> dict[str, Any]:
+    """Means over the optimizer steps that were made; extremes stay extremes."""
+    made = [result for result in results if result.skipped is None]
+    skipped = [result.skipped for result in results if result.skipped is not None]
+    metrics: dict[str, Any] = {"policy/skipped_steps": len(skipped)}
+    if skipped:
+        metrics["policy/skipped_reason"] = skipped[-1]
+    if not made:
+        return metrics
+    for name in made[0].metrics:
+        values = [result.metrics[name] for result in made if name in result.metrics]
+        pick = max if name.endswith("_max") else min if name.endswith("_min") else _mean
+        metrics[name] = pick(values)
+    metrics["policy/grad_norm"] = _mean([result.grad_norm for result in made])
+    metrics["policy/learning_rate"] = made[-1].learning_rate
+    return metrics
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _check_gap(run: Run, step: int, gap: dict[str, float]) -> dict[str, Any]:
+    """The gap's metrics, unless it says that trainer and engine hold different weights."""
+    limit = run.config.rollout.logprob_diff_limit
+    mean = gap.get("rollout/logprob_abs_diff_mean", 0.0)
+    if limit is not None and not mean <= limit:
+        raise WeightSyncError(
+            f"step {step}: mean |trainer - engine| log-prob difference {mean:.3g} exceeds "
+            f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model"
+        )
+    return dict(gap)
+
+
+def _finish_step(
+    run: Run, step: int, batch: ScoredBatch | None, metrics: dict[str, Any], timer: StepTimer
+) -> None:
+    """Evaluate, save, export and write down what the step was."""
+    last = step == run.config.run.steps
+    checkpoint = run.config.checkpoint
+    if last or step % run.config.eval.every == 0:
+        with timer("eval"):
+            metrics |= _evaluate(run, step)
+    if last or step % checkpoint.every == 0:
+        with timer("checkpoint"):
+            save(run, step)
+    if checkpoint.export_every and step % checkpoint.export_every == 0:
+        with timer("export"):
+            export(run, step)
+    if batch:
+        _write_rollouts(run, step, batch)
+        metrics |= batch_metrics(batch)
+    seconds = timer.finish_step()
+    tokens = metrics.get("rollout/response_tokens", 0)
+    metrics["perf/response_tokens_per_s"] = tokens / seconds["time/total_s"]
+    log_step(run, step, metrics | seconds)
+
+
+def _evaluate(run: Run, step: int) -> dict[str, float]:
+    return run.sampler.evaluate(version=step) if run.sampler else {}
+
+
+def _write_rollouts(run: Run, step: int, batch: ScoredBatch) -> None:
+    write_rollouts(
+        run.folder.rollouts(step),
+        batch.groups,
+        rewards=batch.per_group(batch.rewards.total),
+        reward_parts={
+            name: batch.per_group(values) for name, values in batch.rewards.columns.items()
+        },
+        advantages=batch.advantages.values.tolist(),
+        limit=run.config.tracking.rollouts_per_step,
+    )

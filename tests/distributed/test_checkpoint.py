@@ -1,0 +1,93 @@
+"""A checkpoint of any layout continues under any other as if nothing had happened."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.policy.checkpoint import check_checkpoint
+from tests.helpers.checkpoint_jobs import broken_step_job, continue_job, save_job
+from tests.helpers.policy_jobs import logprobs_job, with_old_logprobs
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model(path, "qwen3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sequences(model):
+    plain = tiny_sequences()
+    [logprobs] = run_distributed(1, logprobs_job, tiny_config(model), plain)
+    return with_old_logprobs(plain, logprobs)
+
+
+@pytest.fixture(scope="module")
+def saved(model, sequences, tmp_path_factory):
+    """(folder, log-probs of the uninterrupted run), saved by two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "step_000002"
+    config = tiny_config(model, parallel={"tp": 2})
+    return folder, run_distributed(2, save_job, config, sequences, folder)[0]
+
+
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}], ids=["1", "tp2", "pp2vpp2", "dp2"]
+)
+def test_the_third_step_after_loading_equals_the_uninterrupted_one(
+    model, sequences, saved, parallel
+):
+    folder, expected = saved
+    config = tiny_config(model, parallel=parallel)
+    result = run_distributed(config.parallel.world_size, continue_job, config, sequences, folder)
+    assert result[0]["state"]["step"] == 2
+    assert result[0]["optimizer_steps"] == 3
+    # A wrong Adam step count or a lost moment shows as 1e-1 here: one step moves them by that.
+    assert (result[0]["logprobs"] - expected).abs().max() < 1e-3
+
+
+def test_a_run_without_the_distributed_optimizer_resumes_too(model, sequences, tmp_path):
+    optim = {"lr": 1e-3, "distributed": False}
+    config = tiny_config(model, parallel={"dp": 2}, optim=optim)
+    folder = tmp_path / "step_000002"
+    expected = run_distributed(2, save_job, config, sequences, folder)[0]
+    result = run_distributed(2, continue_job, config, sequences, folder)[0]
+    assert (result["logprobs"] - expected).abs().max() < 1e-3
+
+
+def test_a_file_of_another_size_is_named(saved, tmp_path):
+    folder, _ = saved
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    name = next(name for name in manifest["files"] if name.endswith(".distcp"))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in manifest["files"]:
+        (copy / file).parent.mkdir(exist_ok=True)
+        (copy / file).write_bytes((folder / file).read_bytes())
+    (copy / "MANIFEST.json").write_text(json.dumps(manifest))
+    check_checkpoint(copy)
+    with (copy / name).open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(ConversionError, match=f"{name}: expected .* the file has 10 bytes"):
+        check_checkpoint(copy)
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
+    with pytest.raises(ConversionError, match="not a complete checkpoint"):
+        check_checkpoint(tmp_path)
+
+
+def test_a_gradient_of_nan_skips_the_step_and_leaves_the_weights(model, sequences, tmp_path):
+    config = tiny_config(model, parallel={"tp": 2})
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    skipped = run_distributed(2, broken_step_job, config, sequences, before, after)
+    assert skipped[0] == skipped[1] == [None, "gradient norm is nan", None]
+    old, new = load_file(before), load_file(after)
+    assert all(torch.equal(old[name], new[name]) for name in old)
