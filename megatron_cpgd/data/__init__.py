@@ -1,0 +1,1 @@
+"""From a data file to prompts, and from scored sequences to micro-batches."""
