@@ -31,6 +31,7 @@ def score(config, response, answer=None):
         (r"so \boxed{7}", r"Thus \boxed{7}", 1.0),
         ("first 12, then 42", "42", 1.0),  # no box: the last number
         (r"5 apples, \boxed{6}, or 7", "6", 1.0),  # a box beats a later number
+        (r"\boxed{6}, so the final answer is $7$", "6", 1.0),
         (r"\boxed{3}, no: \boxed{42}", "42", 1.0),  # the last box is the answer
         (r"\boxed{42}, no: \boxed{3}", "42", 0.0),
         (r"42 or \boxed{", "42", 0.0),  # cut in the middle of the answer

@@ -19,6 +19,7 @@ from megatron_cpgd.config.schema import (
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rewards.base import RewardRequest
 from megatron_cpgd.rewards.pool import RewardPool
+from megatron_cpgd.rewards.worker import score_chunk
 
 USER_REWARDS = """
 import ctypes, os, signal, sys, time
@@ -31,9 +32,8 @@ def act(response, answer, fields):
             time.sleep(60)
         except Exception:
             return 1.0
-    if response == "deaf":  # as C code that does not return to Python
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        time.sleep(60)
+    if response == "deaf":  # C code that does not return to Python for hours
+        sum(range(10**13))
     if response == "exit":
         os._exit(3)
     if response == "sys.exit":
@@ -51,6 +51,8 @@ def act(response, answer, fields):
         signal.alarm(0)
     if response == "slow":
         time.sleep(0.2)
+    if response == "oom_score":
+        return float(open("/proc/self/oom_score_adj").read())
     if response == "pid":
         return os.getpid()
     return float(fields.get("value", 1.0))
@@ -114,7 +116,7 @@ def test_call_over_the_limit_scores_zero_and_keeps_its_worker(fault):
 
 
 def test_hostile_tower_of_powers_ends_by_the_timeout():
-    with open_pool(MathReward(type="math")) as pool:
+    with open_pool(MathReward(type="math"), timeout_s=2.0) as pool:
         result = pool.score(
             requests(r"\boxed{9^{9^{9^9}}}", r"\boxed{3}", r"\boxed{4}", answer="3")
         )
@@ -191,7 +193,9 @@ def test_batch_of_timeouts_alone_does_not_stop_the_run():
 
 def test_timer_survives_a_call_that_replaces_it():
     with open_pool(ACT, workers=1) as pool:
+        before = pool.score(requests("pid")).total
         result = pool.score(requests("alarm", "sleep"))
+        assert pool.score(requests("pid")).total == before  # ended by the timer, not by a kill
     assert result.total == [1.0, 0.0]
     assert result.timeouts == 1
 
@@ -202,6 +206,18 @@ def test_slow_calls_are_each_within_the_limit_though_their_chunk_is_not():
         result = pool.score(requests(*["slow"] * 16))
     assert result.total == [1.0] * 16
     assert result.timeouts == 0
+
+
+def test_chunk_stops_early_so_that_slow_calls_do_not_get_its_worker_killed():
+    outcomes = score_chunk(ACT, requests(*["slow"] * 20), 5.0)
+    # A call starts at 0, 0.2 and 0.4 s, the next would start after the budget of 0.5 s.
+    assert [outcome.value for outcome in outcomes] == [1.0] * len(outcomes)
+    assert 1 <= len(outcomes) <= 3
+
+
+def test_kernel_prefers_to_kill_a_worker_when_memory_runs_out():
+    with open_pool(ACT) as pool:
+        assert pool.score(requests("oom_score")).total == [1000.0]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +286,7 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         process.kill()
     process.communicate(timeout=30)
     pid = int(pids_file.read_text())
-    _wait_for(lambda: not os.path.exists(f"/proc/{pid}"), 10)
+    _wait_for(lambda: not os.path.exists(f"/proc/{pid}"), 30)
 
 
 def _run_script(folder, text):
