@@ -368,6 +368,20 @@ def is_gone(pid: int) -> bool:
     return state == "Z"
 
 
+@pytest.mark.slow
+def test_tensor_parallel_workers_each_read_their_part_of_the_arena(labs):
+    lab = labs["llama"]
+    split = {"kv_cache_memory_bytes": 32 << 20, "tensor_parallel_size": 2}
+    engine = start_engine(lab.arena.parent, engine_args=split)
+    try:
+        arena = write_arena(lab.arena.parent / "arena_of_b", named_weights(lab.models["B"]))
+        engine.refresh(arena, 1)
+        groups = engine.generate(PROMPTS, SAMPLING, version=1)
+        assert logprob_error(lab.models["B"], PROMPTS, groups) < TOLERANCE
+    finally:
+        engine.close()
+
+
 def test_an_engine_killed_while_generating_is_reported_at_once(labs):
     """Last of this file: it uses up the engine."""
     lab = labs["llama"]
