@@ -1,8 +1,11 @@
 """Errors that a caller may catch, each also a standard-library error."""
 
+USER_ERROR = 2
+"""Exit code of the command line for a UserError."""
+
 
 class UserError(ValueError):
-    """The user's input is wrong: the command line prints the message alone and exits with code 2."""
+    """The user's input is wrong: the command line prints only the message, exit code 2."""
 
 
 class ConfigError(UserError):

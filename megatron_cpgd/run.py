@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import TrainingDivergedError
+from megatron_cpgd.errors import ConfigError, TrainingDivergedError
 from megatron_cpgd.files import write_text_atomic
+from megatron_cpgd.policy.model import check_megatron_options
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.sampler import Prompts, Sampler
@@ -60,6 +61,8 @@ def start_run(config: ExperimentConfig) -> Iterator[Run]:
     Rank 0 first loads and checks all that the user gave, before anything is written or started.
     """
     rank = int(os.environ["RANK"])
+    _require_one_host()
+    check_megatron_options(config.model)
     with ExitStack() as stack, HfCheckpoint.open(config.model.path) as checkpoint:
         table = weight_table(checkpoint.config)
         checkpoint.check(table)
@@ -159,6 +162,15 @@ def note_skipped(run: Run, reason: str | None, step: int) -> None:
         raise TrainingDivergedError(
             f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
             f"{reason}; the state before this step is in {run.folder.checkpoint(step - 1)}"
+        )
+
+
+def _require_one_host() -> None:
+    world, local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
+    if local is not None and local != world:
+        raise ConfigError(
+            f"WORLD_SIZE={world} but LOCAL_WORLD_SIZE={local}: this version runs on one host, "
+            "since the weights reach the engine through its shared memory; make parallel.* smaller"
         )
 
 

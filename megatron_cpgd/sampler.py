@@ -1,5 +1,6 @@
 """Rank 0's side of a step: prompts to responses to rewards to weighted advantages."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,11 +49,7 @@ class Prompts:
             config.model.tokenizer or config.model.path,
             trust_remote_code=config.model.trust_remote_code,
         )
-        if self.tokenizer.eos_token_id is None:
-            raise DataError(
-                f"the tokenizer {self.tokenizer.name_or_path} has no end-of-sequence token; "
-                "responses would never end: set eos_token in tokenizer_config.json"
-            )
+        self.stop_token_ids = find_stop_tokens(self.tokenizer, config.model.path)
         self.train = self._load(config, config.data.path)
         self.eval = {
             name: self._load(config, each.path)[: each.max_prompts]
@@ -126,7 +123,7 @@ class Sampler:
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Accuracy and response length on every evaluation set."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, each in self._config.eval.sets.items():
             groups = self._generate(
                 self._prompts.eval[name],
@@ -181,11 +178,30 @@ class Sampler:
             top_p=top_p,
             top_k=top_k,
             max_tokens=self._config.rollout.max_response_tokens,
-            stop_token_ids=[self._prompts.tokenizer.eos_token_id],
+            stop_token_ids=self._prompts.stop_token_ids,
         )
 
     def _eval_sampling(self, each: EvalSet) -> Sampling:
         return self._sampling(each.samples_per_prompt, each.temperature, 1.0, -1)
+
+
+def find_stop_tokens(tokenizer: Any, model_dir: Path) -> list[int]:
+    """End tokens of the tokenizer and of the model's generation_config.json.
+
+    Raises:
+        DataError: there is none, so that no response would ever end.
+    """
+    stop = {tokenizer.eos_token_id} - {None}
+    file = model_dir / "generation_config.json"
+    if file.is_file():
+        more = json.loads(file.read_text()).get("eos_token_id")
+        stop |= set(more if isinstance(more, list) else [more]) - {None}
+    if not stop:
+        raise DataError(
+            f"neither the tokenizer {tokenizer.name_or_path} nor {file} names an end token; set "
+            "eos_token in tokenizer_config.json"
+        )
+    return sorted(stop)
 
 
 def accuracy(rewards: RewardResult) -> float:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_cpgd.cli import config, convert, report, train
-from megatron_cpgd.errors import UserError
+from megatron_cpgd.errors import USER_ERROR, UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

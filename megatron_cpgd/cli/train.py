@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import shutil
 import sys
 
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.errors import USER_ERROR, ConfigError
 
 
 def add_parser(commands: Commands) -> None:
@@ -40,9 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpgd.tracking.run_folder import RunFolder
 
     command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
-    return launch_ranks(
-        [*command, *arguments.overrides], config.parallel.world_size, RunFolder(config.run.dir).logs
-    )
+    folder, existed = RunFolder(config.run.dir), config.run.dir.exists()
+    code = launch_ranks([*command, *arguments.overrides], config.parallel.world_size, folder.logs)
+    if code == USER_ERROR and not existed and not folder.metrics.exists():
+        shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs
+    return code
 
 
 def _check_run_folder(config: ExperimentConfig) -> None:

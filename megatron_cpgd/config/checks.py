@@ -29,6 +29,7 @@ def check_config(config: ExperimentConfig) -> list[str]:
         *_inert_algorithm(config),
         *_inert_switches(config),
         *_batch_sizes(config),
+        *_evaluations(config),
         *_rewards(config),
         *_paths(config),
         *check_model_folder(config),
@@ -127,6 +128,15 @@ def _batch_sizes(config: ExperimentConfig) -> Iterator[str]:
             f"rollout.samples_per_prompt={rollout.samples_per_prompt} must be >= 2: an advantage "
             "is centred in its group, so a single response always has advantage 0"
         )
+
+
+def _evaluations(config: ExperimentConfig) -> Iterator[str]:
+    for name, each in config.eval.sets.items():
+        if each.temperature == 0 and each.samples_per_prompt > 1:
+            yield (
+                f"eval.sets.{name}: temperature=0 gives {each.samples_per_prompt} equal responses; "
+                "set samples_per_prompt=1 or a temperature"
+            )
 
 
 def _rewards(config: ExperimentConfig) -> Iterator[str]:

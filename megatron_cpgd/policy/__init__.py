@@ -3,6 +3,12 @@
 Importing it makes megatron-core usable on this machine, see `device`.
 """
 
+import logging
+import warnings
+
 from megatron_cpgd.policy import device
 
+# Upstream says at import which optional packages are absent; versions.json records them.
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 device.install()

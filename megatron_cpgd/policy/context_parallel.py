@@ -1,5 +1,7 @@
 """Which positions of a sequence a context-parallel rank holds, as Megatron cuts them."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,6 @@ def packed_rank_positions(boundaries: list[int], *, rank: int, size: int) -> Ten
     return torch.cat(
         [
             start + rank_positions(end - start, rank=rank, size=size)
-            for start, end in zip(boundaries, boundaries[1:], strict=False)
+            for start, end in itertools.pairwise(boundaries)
         ]
     )

@@ -78,9 +78,7 @@ def megatron_to_hf(checkpoint_dir: Path, out_dir: Path, *, max_shard_bytes: int)
     logger.info("wrote %s", out_dir)
 
 
-def _build(
-    config: dict[str, Any], path: Path, dtype: torch.dtype, info: ParallelInfo
-) -> list[Any]:
+def _build(config: dict[str, Any], path: Path, dtype: torch.dtype, info: ParallelInfo) -> list[Any]:
     transformer = build_transformer_config(config, ModelConfig(path=path), ParallelConfig(), dtype)
     return [chunk.to(dtype) for chunk in build_chunks(transformer, config, info)]
 
@@ -88,7 +86,8 @@ def _build(
 @contextmanager
 def _one_rank() -> Iterator[ParallelInfo]:
     """A world of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield init_model_parallel(ParallelConfig(), seed=0)
     finally:

@@ -5,6 +5,7 @@
 Transformer Engine spec brings its own; this file is then not used.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class _RowLayout:
     """[N, 1, Lq, Lk] True where attended; None: plain causal."""
 
 
-class Attention(MegatronModule):
+class Attention(MegatronModule):  # type: ignore[misc]
     """Causal core attention. Every sequence becomes one row of a batched kernel call."""
 
     def __init__(
@@ -139,7 +140,7 @@ class Attention(MegatronModule):
 
 def _row_layout(boundaries: list[int], rank: int, size: int) -> _RowLayout:
     """Layout of packed sequences with the given padded boundaries on one CP rank."""
-    lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(boundaries)]
     starts = torch.tensor(boundaries[:-1]) // size
     counts = torch.tensor(lengths) // size
     columns = torch.arange(int(counts.max()))

@@ -59,7 +59,9 @@ def install() -> None:
     global _installed
     if _installed or torch.cuda.is_available():
         return
-    assert "megatron.core" not in sys.modules, "device.install() must run before megatron is imported"
+    assert "megatron.core" not in sys.modules, (
+        "device.install() must run before megatron is imported"
+    )
     _installed = True
     _replace_cuda_functions()
     _import_without_compile()
@@ -89,7 +91,7 @@ class _Idle:
 
 
 class _TypeName(str):
-    """'torch.FloatTensor' that also equals 'torch.cuda.FloatTensor'; hashes and prints as before."""
+    """'torch.FloatTensor' that also equals 'torch.cuda.FloatTensor'; hash and text stay."""
 
     __slots__ = ()
     __hash__ = str.__hash__

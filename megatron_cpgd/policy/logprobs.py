@@ -40,7 +40,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, first: int, group: Any
     ) -> tuple[Tensor, Tensor]:
         x = logits.float() / temperature
@@ -60,7 +60,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return sums[0] - log_total, entropy
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, None, None, None, None]:
         logits, log_sum, column, here, entropy = ctx.saved_tensors
@@ -96,8 +96,10 @@ def vocab_parallel_logprobs(
     Returns:
         Two [N] float32 tensors, equal on all ranks of the group.
     """
-    logprobs, entropy = _VocabParallelLogprob.apply(logits, targets, temperature, first, group)
-    return logprobs, entropy
+    outputs: tuple[Tensor, Tensor] = _VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
+        logits, targets, temperature, first, group
+    )
+    return outputs
 
 
 def chunked_logprobs(
@@ -141,4 +143,5 @@ def chunked_logprobs(
         ]
     else:
         parts = [compute(h, y) for h, y in zip(tokens, targets, strict=True)]
-    return torch.cat(parts, dim=1).unflatten(1, hidden.shape[:2]).transpose(1, 2).contiguous()
+    per_token = torch.cat(parts, dim=1).view(2, *hidden.shape[:2])
+    return per_token.transpose(1, 2).contiguous()

@@ -12,8 +12,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_cpgd.config.checks import check_passthrough
 from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
-from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
 from megatron_cpgd.policy.parallel import ParallelInfo
 
@@ -42,18 +43,25 @@ FIXED_FIELDS = {
     "bf16": "precision.train",
     "fp16": "precision.train",
     "recompute_granularity": "model.recompute",
-    "hidden_dropout": "nothing: old and new log-probs must come from one function",
-    "attention_dropout": "nothing: old and new log-probs must come from one function",
-    "calculate_per_token_loss": "nothing: the loss has its own global denominators",
-    "variable_seq_lengths": "nothing: micro-batches of a pipeline have one shape",
+    "hidden_dropout": "a model without dropout (old and new log-probs come from one function)",
+    "attention_dropout": "a model without dropout (old and new log-probs come from one function)",
+    "calculate_per_token_loss": "no such scaling (the loss has its own global denominators)",
+    "variable_seq_lengths": "equal lengths (micro-batches of a pipeline have one shape)",
     "overlap_p2p_comm": "parallel.vpp",
     "batch_p2p_comm": "parallel.vpp",
 }
 
 
-def megatron_fields() -> set[str]:
-    """Names that `model.megatron` may set."""
-    return {field.name for field in dataclasses.fields(TransformerConfig)}
+def check_megatron_options(model: ModelConfig) -> None:
+    """Compare `model.megatron` with upstream's field names.
+
+    Raises:
+        ConfigError: a name is unknown, or belongs to a setting of ours.
+    """
+    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+    problems = check_passthrough(model.megatron, allowed, FIXED_FIELDS, "model.megatron")
+    if problems:
+        raise ConfigError("\n  ".join(["wrong settings:", *problems]))
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -152,7 +160,8 @@ def build_chunks(
 
 def wrap_precision(config: TransformerConfig, chunk: GPTModel) -> torch.nn.Module:
     """The chunk with its parameters in bf16, if asked for."""
-    return Float16Module(config, chunk) if config.bf16 else chunk
+    wrapped: torch.nn.Module = Float16Module(config, chunk) if config.bf16 else chunk
+    return wrapped
 
 
 def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,8 @@ from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable
 
-S = TypeVar("S")
 
-
-class TokenLoss(Protocol[S]):
+class TokenLoss[S](Protocol):
     """An objective as the policy sees it: a plain sum over tokens, and statistics that add up."""
 
     def loss(self, logprobs: Tensor, tokens: LocalTokens) -> Tensor:
@@ -61,7 +59,7 @@ class TokenLoss(Protocol[S]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult(Generic[S]):
+class StepResult:
     """What one optimizer step did."""
 
     skipped: str | None
@@ -142,7 +140,7 @@ class Policy:
         dist.all_reduce(flat)
         return list(flat.cpu().split([sequence.response_length for sequence in sequences]))
 
-    def train_step(self, sequences: Sequence[LossSequence], loss: TokenLoss[S]) -> StepResult[S]:
+    def train_step[S](self, sequences: Sequence[LossSequence], loss: TokenLoss[S]) -> StepResult:
         """One optimizer step on one mini-batch, the same list on every rank.
 
         A loss or gradient that is not finite leaves weights and optimizer state untouched.

@@ -56,17 +56,17 @@ def plan_rank_micro_batches(
         "align": info.sequence_multiple,
         "total_multiple": info.total_multiple,
     }
-    shape = None  # pipeline stages exchange tensors of one shape
-    if info.pp_size > 1:
-        shape = micro_batch_shape(plan, lengths, **unit)
+    shape: dict[str, Any] = {}
+    if info.pp_size > 1:  # pipeline stages exchange tensors of one shape
+        common = micro_batch_shape(plan, lengths, **unit)
+        shape = {"length": common.length, "rows": common.rows}
     return [
         build_micro_batch(
             sequences,
             indices,
             tensor_names=list(sequences[0].tensors),
-            length=shape and shape.length,
-            rows=shape and shape.rows,
             **unit,
+            **shape,
         )
         for indices in plan[info.dp_rank]
     ]

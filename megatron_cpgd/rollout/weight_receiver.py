@@ -78,7 +78,7 @@ class _CopyWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts `Tensor.copy_`, the last act of every loader, and does not carry it out."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.copies = 0
 
     def __torch_dispatch__(

@@ -20,10 +20,21 @@ _LAST_ROWS = 10
 
 
 def step_line(step: int, steps: int, metrics: Mapping[str, Any]) -> str:
-    """One aligned line on a finished step; `-` stands for a metric that is missing."""
+    """One aligned line on a finished step, evaluations last.
+
+    `-` stands for a metric that is missing; before training there are only evaluations.
+    """
     values = _with_clip_frac(metrics)
     cells = [f"{label} {_format(values.get(name), form):>7}" for name, label, form in _STEP_COLUMNS]
-    return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(cells)
+    evals = [
+        f"{name.removesuffix('/accuracy')} {_format(values[name], '.3f')}"
+        for name in sorted(values)
+        if _is_eval_accuracy(name)
+    ]
+    trained = any(name in values for name, _, _ in _STEP_COLUMNS)
+    return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(
+        (cells if trained else []) + evals
+    )
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:

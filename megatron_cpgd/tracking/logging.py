@@ -11,8 +11,8 @@ _DATE = "%H:%M:%S"
 def setup_logging(rank: int, log_path: Path | None = None) -> None:
     """Install the handlers of this process on the root logger, in place of earlier ones.
 
-    The terminal shows INFO and above of rank 0, WARNING and above of the others. The file gets
-    INFO and above of this rank.
+    The terminal shows INFO and above of rank 0, WARNING and above of the others; of libraries only
+    errors. The file gets INFO and above of this rank, warnings of libraries included.
 
     Args:
         log_path: appended to; its folder is created. None logs to the terminal only.
@@ -29,6 +29,7 @@ def setup_logging(rank: int, log_path: Path | None = None) -> None:
     if log_path is None or not _is_stderr(log_path):
         console = logging.StreamHandler(sys.stderr)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        console.addFilter(_is_ours_or_error)
         handlers.append(console)
     root = logging.getLogger()
     for handler in root.handlers[:]:
@@ -39,6 +40,10 @@ def setup_logging(rank: int, log_path: Path | None = None) -> None:
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def _is_ours_or_error(record: logging.LogRecord) -> bool:
+    return record.name.startswith("megatron_cpgd") or record.levelno >= logging.ERROR
 
 
 def _is_stderr(path: Path) -> bool:

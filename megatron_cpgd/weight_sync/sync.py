@@ -1,6 +1,5 @@
 """One refresh of the engine: every rank writes its share, the engine loads, both sums agree."""
 
-import logging
 from typing import Protocol
 
 import torch
@@ -9,8 +8,6 @@ from torch import Tensor
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.weights.tensor_file import TensorFile
-
-logger = logging.getLogger(__name__)
 
 
 class WeightWriter(Protocol):
@@ -28,14 +25,14 @@ class TensorView(Protocol):
 
 def sync_weights(
     policy: WeightWriter, engine: RolloutEngine | None, arena: TensorFile, *, version: int
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
     Nobody writes the arena again before rank 0 broadcasts the next rollouts, and that happens
     after the engine has read it.
 
     Returns:
-        Metrics, on rank 0; the digest's first 48 bits identify the weights as a number.
+        Metrics, on rank 0.
 
     Raises:
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
@@ -50,8 +47,11 @@ def sync_weights(
             f"weight sync, version {version}: the policy wrote {expected}, the engine read "
             f"{report.digest}; the shared memory at {arena.path} was changed in between"
         )
-    logger.debug("engine at version %d, digest %s", version, report.digest)
-    return {"weights/version": version, "weights/bytes": report.nbytes}
+    return {
+        "weights/version": version,
+        "weights/digest": report.digest,
+        "weights/bytes": report.nbytes,
+    }
 
 
 def rollout_dtype(precision: str) -> torch.dtype:

@@ -170,9 +170,7 @@ def _create_shards(folder: Path, tensors: Tensors, max_shard_bytes: int) -> list
     ]
 
 
-def copy_side_files(
-    source: Path, target: Path, patterns: tuple[str, ...] = SIDE_FILES
-) -> None:
+def copy_side_files(source: Path, target: Path, patterns: tuple[str, ...] = SIDE_FILES) -> None:
     """Copy config.json, tokenizer and templates: all top-level files of a model but its weights."""
     paths = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in sorted(paths):

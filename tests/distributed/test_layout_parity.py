@@ -97,9 +97,7 @@ def test_pipeline_and_data_parallel_equal_one_rank_bit_by_bit(reference, layout,
     assert update_error(run, reference) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "layout", [*CLOSE, pytest.param("tp2_pp2_dp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", [*CLOSE, pytest.param("tp2_pp2_dp2", marks=pytest.mark.slow)])
 def test_tensor_and_context_parallel_equal_one_rank_up_to_rounding(reference, layout, tmp_path):
     run = train(reference.path, reference.sequences, tmp_path, LAYOUTS[layout])
     assert (run.logprobs - reference.run.logprobs).abs().max() < 1e-4

@@ -11,9 +11,7 @@ from megatron_cpgd.types import LossSequence
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
 
 
-def save_job(
-    config: ExperimentConfig, sequences: list[LossSequence], folder: Path
-) -> torch.Tensor:
+def save_job(config: ExperimentConfig, sequences: list[LossSequence], folder: Path) -> torch.Tensor:
     """Two steps, a checkpoint, one more step; returns the log-probs after the third."""
     policy = build_policy(config)
     for _ in range(2):
