@@ -19,11 +19,10 @@ from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.policy.model import check_megatron_options
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world
 from megatron_cpgd.policy.policy import Policy
-from megatron_cpgd.sampler import Prompts, Sampler
-from megatron_cpgd.tracking.console import step_line, summary_table
+from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
-from megatron_cpgd.tracking.metrics import MetricsLog, read_metrics
-from megatron_cpgd.tracking.plot import plot_learning_curve
+from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
 from megatron_cpgd.weight_sync.sync import rollout_dtype
@@ -73,7 +72,9 @@ def start_run(config: ExperimentConfig) -> Iterator[Run]:
         setup_logging(rank, folder.log(rank))
         if rank == 0 and prompts:
             folder.write_versions()
-            sampler = Sampler(config, prompts, folder.logs / "engine.log")
+            engine = start_engine(config, folder.logs / "engine.log")
+            stack.callback(engine.close)
+            sampler = Sampler(config, prompts, engine)
             stack.callback(sampler.close)
         join_world()
         stack.callback(_leave_world)
@@ -97,16 +98,6 @@ def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
         return
     run.metrics.append(step, metrics)
     sys.stdout.write(step_line(step, run.config.run.steps, metrics) + "\n")
-    sys.stdout.flush()
-
-
-def log_summary(run: Run) -> None:
-    """Draw the plot and show the table of the whole run; rank 0 only does something."""
-    if run.metrics is None:
-        return
-    rows = read_metrics(run.folder.metrics)
-    plot_learning_curve(rows, run.folder.learning_curve)
-    sys.stdout.write(f"\n{summary_table(rows)}\nplot: {run.folder.learning_curve}\n")
     sys.stdout.flush()
 
 

@@ -17,7 +17,7 @@ from megatron_cpgd.data.stream import PromptStream
 from megatron_cpgd.errors import DataError
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
-from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
 
@@ -79,21 +79,15 @@ class Prompts:
 class Sampler:
     """Generates and scores rollouts; owns the engine and the reward workers."""
 
-    def __init__(self, config: ExperimentConfig, prompts: Prompts, engine_log: Path) -> None:
-        """Start the engine, which loads while the trainers build the model, and the workers."""
+    def __init__(self, config: ExperimentConfig, prompts: Prompts, engine: RolloutEngine) -> None:
+        """Start the reward workers.
+
+        Args:
+            engine: from now on closed by `close`.
+        """
         self._config = config
         self._prompts = prompts
-        self.engine = VllmEngine(
-            config.model.path,
-            dtype=config.precision.rollout or config.precision.train,
-            max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-            engine_args=config.rollout.engine_args,
-            start_timeout_s=config.rollout.start_timeout_s,
-            step_timeout_s=config.rollout.step_timeout_s,
-            log_path=engine_log,
-            seed=config.run.seed,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        self.engine = engine
         self._rewards = RewardPool(
             config.rewards.functions,
             workers=config.rewards.workers,
@@ -208,6 +202,21 @@ def accuracy(rewards: RewardResult) -> float:
     """Share of responses whose first reward is above 0."""
     first = next(iter(rewards.columns.values()))
     return fmean(value > 0 for value in first)
+
+
+def start_engine(config: ExperimentConfig, log_path: Path) -> VllmEngine:
+    """Start vLLM on model.path; it loads in its own process while this one goes on."""
+    return VllmEngine(
+        config.model.path,
+        dtype=config.precision.rollout or config.precision.train,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        engine_args=config.rollout.engine_args,
+        start_timeout_s=config.rollout.start_timeout_s,
+        step_timeout_s=config.rollout.step_timeout_s,
+        log_path=log_path,
+        seed=config.run.seed,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:

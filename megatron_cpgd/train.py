@@ -13,8 +13,9 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
-from megatron_cpgd.run import Run, export, log_step, log_summary, note_skipped, save, start_run
+from megatron_cpgd.run import Run, export, log_step, note_skipped, save, start_run
 from megatron_cpgd.sampler import ScoredBatch, batch_metrics, logprob_gap, train_sequences
+from megatron_cpgd.tracking.report import print_report
 from megatron_cpgd.tracking.rollout_log import write_rollouts
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import TrainSequence
@@ -49,7 +50,8 @@ def train(config: ExperimentConfig) -> None:
                 metrics |= sync_weights(run.policy, engine, run.arena, version=step)
             _finish_step(run, step, batch, metrics, timer)
         export(run, config.run.steps)
-        log_summary(run)
+        if run.metrics:
+            print_report(run.folder)
 
 
 def _set_old_logprobs(run: Run, sequences: list[TrainSequence]) -> None:

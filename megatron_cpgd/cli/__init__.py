@@ -1,4 +1,4 @@
-"""The command line: `megatron-cpgd train | config | convert | report`.
+"""The command line: `megatron-cpgd train | config | convert | eval | report`.
 
 Each command is one thin file; what it needs is imported when it runs, so that checking a
 configuration takes no torch.
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_cpgd.cli import config, convert, report, train
+from megatron_cpgd.cli import config, convert, eval, report, train
 from megatron_cpgd.errors import USER_ERROR, UserError
 
 INTERRUPTED = 130
@@ -46,6 +46,6 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Stable RL post-training of large language models on Megatron-Core (CPGD).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (train, config, convert, report):
+    for command in (train, config, convert, eval, report):
         command.add_parser(commands)
     return parser

@@ -27,9 +27,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run as the rank that RANK names, or start all ranks on this machine."""
     from megatron_cpgd.config.load import load_config
+    from megatron_cpgd.tracking.run_folder import RunFolder
 
     config = load_config(arguments.config, arguments.overrides)
-    rank = os.environ.get("RANK")
+    folder, rank = RunFolder(config.run.dir), os.environ.get("RANK")
     if rank in (None, "0"):  # rank 0 will write config.yaml: the others would race with it
         _check_run_folder(config)
     if rank is not None:
@@ -37,11 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         train(config)
         return 0
+    if folder.is_complete(config.run.steps):
+        from megatron_cpgd.tracking.report import print_report
+
+        print_report(folder)
+        return 0
     from megatron_cpgd.launch import launch_ranks
-    from megatron_cpgd.tracking.run_folder import RunFolder
 
     command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
-    folder, existed = RunFolder(config.run.dir), config.run.dir.exists()
+    existed = folder.dir.exists()
     code = launch_ranks([*command, *arguments.overrides], config.parallel.world_size, folder.logs)
     if code == USER_ERROR and not existed and not folder.metrics.exists():
         shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs

@@ -23,7 +23,7 @@ class RunConfig(Config):
     """Output folder. Starting the same command again resumes what is in it."""
     steps: int = Field(gt=0)
     """Rollout steps; each generates, scores, trains and refreshes the engine once."""
-    seed: int = Field(0, ge=0, lt=2**20)
+    seed: int = Field(0, ge=0, lt=1_000_000)
     """Seed of the prompt order, the sampling and the dropout streams."""
 
 

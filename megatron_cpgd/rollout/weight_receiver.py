@@ -74,11 +74,11 @@ def loadable_names(model: nn.Module, shapes: Shapes) -> set[str]:
     return used
 
 
-class _CopyWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CopyWatcher(TorchDispatchMode):
     """Counts `Tensor.copy_`, the last act of every loader, and does not carry it out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies = 0
 
     def __torch_dispatch__(

@@ -72,6 +72,12 @@ class RunFolder:
         """Log file of a rank."""
         return self.logs / f"rank_{rank}.log"
 
+    def is_complete(self, steps: int) -> bool:
+        """Whether the last of `steps` steps is saved and exported: there is nothing left to do."""
+        latest = self.checkpoints / "latest"
+        saved = latest.is_file() and latest.read_text().strip() == _step_name(steps)
+        return saved and self.hf(steps).is_dir()
+
     def write_versions(self) -> None:
         """Write versions.json, replacing the one of an earlier start."""
         self.dir.mkdir(parents=True, exist_ok=True)

@@ -112,7 +112,7 @@ plain = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl
 )
 @given(
     lr=st.floats(1e-12, 1e3),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(0, 999_999),
     shuffle=st.booleans(),
     system_prompt=st.none() | plain,
     options=st.dictionaries(

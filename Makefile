@@ -1,0 +1,35 @@
+# make demo, make test: everything from a fresh machine with Python and make.
+EXTRA ?= cpu
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export GLOO_SOCKET_IFNAME ?= lo
+# Python compiles torch and vllm once here instead of in each of many processes.
+export UV_COMPILE_BYTECODE := 1
+
+.PHONY: demo test test-all lint clean
+
+demo: $(BIN)/.synced
+	$(BIN)/python tools/demo.py $(ARGS)
+
+test: $(BIN)/.synced
+	$(BIN)/python -m pytest $(ARGS)
+
+# The default suite and what takes minutes: 8-rank layouts, tensor-parallel engines.
+test-all: $(BIN)/.synced
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(BIN)/.synced
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(BIN)/.synced: uv.lock pyproject.toml | $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --frozen --extra $(EXTRA) --extra dev
+	touch $@
+
+.tools/bin/uv:
+	python3 -m pip install --quiet --target .tools uv
+
+clean:
+	rm -rf .venv .tools runs

@@ -1,0 +1,49 @@
+"""Accuracy of a Hugging Face folder on a run's evaluation sets, by vLLM or by transformers."""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.rollout.engine import RolloutEngine
+from megatron_cpgd.rollout.transformers_engine import TransformersEngine
+from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+
+Backend = Literal["vllm", "transformers"]
+
+
+def evaluate_model(config: ExperimentConfig, model_dir: Path, backend: Backend) -> dict[str, float]:
+    """Metrics `eval/<set>/...` of the model in `model_dir`, tokenizer included.
+
+    Args:
+        config: names the evaluation sets, the prompts' form and the rewards.
+
+    Raises:
+        ConfigError: the configuration has no evaluation set.
+    """
+    if not config.eval.sets:
+        raise ConfigError("eval.sets: there is nothing to evaluate; name at least one set")
+    model = config.model.model_copy(update={"path": model_dir, "tokenizer": None})
+    config = config.model_copy(update={"model": model})
+    prompts = Prompts(config)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = _build_engine(config, backend, Path(folder) / "engine.log")
+        try:
+            sampler = Sampler(config, prompts, engine)
+            try:
+                return sampler.evaluate(version=0)
+            finally:
+                sampler.close()
+        finally:
+            engine.close()
+
+
+def _build_engine(config: ExperimentConfig, backend: Backend, log_path: Path) -> RolloutEngine:
+    if backend == "vllm":
+        return start_engine(config, log_path)
+    return TransformersEngine(
+        config.model.path,
+        dtype=config.precision.rollout or config.precision.train,
+        trust_remote_code=config.model.trust_remote_code,
+    )

@@ -1,0 +1,25 @@
+"""What a run has achieved, for the terminal and as a picture."""
+
+import sys
+
+from megatron_cpgd.errors import UserError
+from megatron_cpgd.tracking.console import summary_table
+from megatron_cpgd.tracking.metrics import read_metrics
+from megatron_cpgd.tracking.plot import plot_learning_curve
+from megatron_cpgd.tracking.run_folder import RunFolder
+
+
+def print_report(folder: RunFolder) -> None:
+    """Print the summary table of metrics.jsonl and draw learning_curve.png.
+
+    Raises:
+        UserError: the folder holds no finished step.
+    """
+    if not folder.metrics.exists():
+        raise UserError(f"{folder.metrics}: no such file; is this the run.dir of a training run?")
+    rows = read_metrics(folder.metrics)
+    if not rows:
+        raise UserError(f"{folder.metrics}: no finished step yet")
+    plot_learning_curve(rows, folder.learning_curve)
+    sys.stdout.write(f"{summary_table(rows)}\nplot: {folder.learning_curve}\n")
+    sys.stdout.flush()
