@@ -150,7 +150,7 @@ def test_ctrl_c_exits_with_130(monkeypatch, tmp_path):
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_cpgd.tracking.metrics.read_metrics", interrupted)
+    monkeypatch.setattr("megatron_cpgd.tracking.report.read_metrics", interrupted)
     (tmp_path / "metrics.jsonl").touch()
     assert main(["report", str(tmp_path)]) == 130
 
