@@ -1,0 +1,25 @@
+"""One thread, gloo on the loopback, and no test that this machine cannot run."""
+
+import os
+
+# Both are read when torch is imported, which no test module has done yet.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; sums keep their order
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import pytest
+from hypothesis import settings
+
+# A shared machine can stall any single example for longer than hypothesis' 200 ms.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
