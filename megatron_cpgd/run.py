@@ -102,27 +102,33 @@ def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
 
 
 def save(run: Run, step: int) -> None:
-    """Save a checkpoint from which the same command resumes. Collective over the world."""
+    """Write a checkpoint; `publish` makes it the one to resume from. Collective over the world."""
     state: dict[str, Any] = {"step": step, "bad_steps": run.bad_steps}
     if run.prompts:
         state["prompts"] = run.prompts.stream.state()
     run.policy.save(run.folder.checkpoint(step), state)
+
+
+def publish(run: Run, step: int) -> None:
+    """From now on the same command resumes behind `step`, whose row and files are complete."""
     if run.policy.info.rank == 0:
-        latest = run.folder.checkpoints / "latest"
-        write_text_atomic(latest, f"{run.folder.checkpoint(step).name}\n")
-        _remove_old(run.folder.checkpoints, keep=run.config.checkpoint.keep)
+        checkpoint = run.folder.checkpoint(step)
+        write_text_atomic(run.folder.checkpoints / "latest", f"{checkpoint.name}\n")
+        _remove_old(checkpoint, keep=run.config.checkpoint.keep)
 
 
-def export(run: Run, step: int) -> Path:
+def export(run: Run, step: int) -> None:
     """Write the policy as a Hugging Face folder. Collective over the world."""
     target = run.folder.hf(step)
-    if target.exists():
-        return target
-    dtype = rollout_dtype(run.config.precision.train)
     writer = None
     if run.policy.info.rank == 0:
-        source = run.config.model.path
-        writer = HfWriter.create(target, table=run.table, source_dir=source, dtype=dtype)
+        writer = HfWriter.create(
+            target,
+            table=run.table,
+            source_dir=run.config.model.path,
+            dtype=rollout_dtype(run.config.precision.train),
+            overwrite=True,  # what an interrupted run exported behind its last checkpoint
+        )
     dist.barrier()
     writer = writer or HfWriter.attach(target)
     run.policy.write_weights(writer.view)
@@ -131,7 +137,6 @@ def export(run: Run, step: int) -> Path:
         logger.info("exported step %d to %s", step, target)
     else:
         writer.close()
-    return target
 
 
 def note_skipped(run: Run, reason: str | None, step: int) -> None:
@@ -150,9 +155,10 @@ def note_skipped(run: Run, reason: str | None, step: int) -> None:
     if run.bad_steps >= limit:
         run.bad_steps = 0  # a resumed run starts counting anew
         save(run, step - 1)
+        publish(run, step - 1)
         raise TrainingDivergedError(
             f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
-            f"{reason}; the state before this step is in {run.folder.checkpoint(step - 1)}"
+            f"{reason}; the state is saved in {run.folder.checkpoint(step - 1)}"
         )
 
 
@@ -184,9 +190,10 @@ def _restore_rank_0(run: Run, state: dict[str, Any]) -> None:
     save_config(run.config, run.folder.config)
 
 
-def _remove_old(checkpoints: Path, *, keep: int) -> None:
-    complete = sorted(path for path in checkpoints.glob("step_*") if path.suffix != ".partial")
-    for path in complete[:-keep]:
+def _remove_old(newest: Path, *, keep: int) -> None:
+    # A killed run may have left a later one, which the resumed run will write anew.
+    complete = [path for path in newest.parent.glob("step_*") if path.suffix != ".partial"]
+    for path in sorted(path for path in complete if path.name <= newest.name)[:-keep]:
         shutil.rmtree(path)
 
 

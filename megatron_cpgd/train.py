@@ -13,7 +13,7 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
-from megatron_cpgd.run import Run, export, log_step, note_skipped, save, start_run
+from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
 from megatron_cpgd.sampler import ScoredBatch, batch_metrics, logprob_gap, train_sequences
 from megatron_cpgd.tracking.report import print_report
 from megatron_cpgd.tracking.rollout_log import write_rollouts
@@ -49,7 +49,8 @@ def train(config: ExperimentConfig) -> None:
             with timer("sync"):
                 metrics |= sync_weights(run.policy, engine, run.arena, version=step)
             _finish_step(run, step, batch, metrics, timer)
-        export(run, config.run.steps)
+        if run.done == config.run.steps:  # no step was left, only the export is missing
+            export(run, run.done)
         if run.metrics:
             print_report(run.folder)
 
@@ -120,10 +121,11 @@ def _finish_step(
     if last or step % run.config.eval.every == 0:
         with timer("eval"):
             metrics |= _evaluate(run, step)
-    if last or step % checkpoint.every == 0:
+    saves = last or step % checkpoint.every == 0
+    if saves:
         with timer("checkpoint"):
             save(run, step)
-    if checkpoint.export_every and step % checkpoint.export_every == 0:
+    if last or (checkpoint.export_every and step % checkpoint.export_every == 0):
         with timer("export"):
             export(run, step)
     if batch:
@@ -133,6 +135,8 @@ def _finish_step(
     tokens = metrics.get("rollout/response_tokens", 0)
     metrics["perf/response_tokens_per_s"] = tokens / seconds["time/total_s"]
     log_step(run, step, metrics | seconds)
+    if saves:
+        publish(run, step)
 
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:

@@ -33,15 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder, rank = RunFolder(config.run.dir), os.environ.get("RANK")
     if rank in (None, "0"):  # rank 0 will write config.yaml: the others would race with it
         _check_run_folder(config)
+    if folder.is_complete(config.run.steps):
+        if rank in (None, "0"):
+            from megatron_cpgd.tracking.report import print_report
+
+            print_report(folder)
+        return 0
     if rank is not None:
         from megatron_cpgd.train import train
 
         train(config)
-        return 0
-    if folder.is_complete(config.run.steps):
-        from megatron_cpgd.tracking.report import print_report
-
-        print_report(folder)
         return 0
     from megatron_cpgd.launch import launch_ranks
 

@@ -1,5 +1,6 @@
 """Micro-batches through Megatron's pipeline schedules: one forward, or forward and backward."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,7 +156,7 @@ def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
     boundaries = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=device.current())
-    longest = int(boundaries.diff().max())
+    longest = max(end - start for start, end in itertools.pairwise(batch.cu_seqlens))
     # Padding counts as part of its sequence: it comes last, so no real token attends to it.
     return PackedSeqParams(
         qkv_format="thd",
