@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from megatron_cpgd.algorithm.coefficients import split_mini_batches
+from megatron_cpgd.algorithm.mismatch import compute_mismatch
 from megatron_cpgd.algorithm.objective import (
     build_loss_sequences,
     build_objective,
@@ -14,7 +17,7 @@ from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
-from megatron_cpgd.sampler import ScoredBatch, batch_metrics, logprob_gap, train_sequences
+from megatron_cpgd.sampler import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.report import print_report
 from megatron_cpgd.tracking.rollout_log import write_rollouts
 from megatron_cpgd.tracking.timer import StepTimer
@@ -42,8 +45,7 @@ def train(config: ExperimentConfig) -> None:
                     batch = run.sampler.score(groups)
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
-                _set_old_logprobs(run, sequences)  # pi_old under Megatron, not the sampler
-            metrics = _check_gap(run, step, logprob_gap(sequences))
+                metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
             with timer("train"):
                 metrics |= _optimise(run, sequences, step)
             with timer("sync"):
@@ -55,10 +57,25 @@ def train(config: ExperimentConfig) -> None:
             print_report(run.folder)
 
 
-def _set_old_logprobs(run: Run, sequences: list[TrainSequence]) -> None:
+def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
+    """Give every sequence its old log-probs; returns how far the engine's are from them.
+
+    Raises:
+        WeightSyncError: on every rank, the two do not compute the same model.
+    """
     logprobs = run.policy.compute_logprobs(without_loss(sequences))
     for sequence, values in zip(sequences, logprobs, strict=True):
         sequence.old_logprobs = values
+    rollout_logprobs = [sequence.rollout_logprobs for sequence in sequences]
+    mismatch = compute_mismatch(torch.cat(logprobs), torch.cat(rollout_logprobs))
+    limit = run.config.rollout.logprob_diff_limit
+    mean = mismatch.get("rollout/logprob_abs_diff_mean", 0.0)
+    if limit is not None and not mean <= limit:
+        raise WeightSyncError(
+            f"step {step}: mean |trainer - engine| log-prob difference {mean:.3g} exceeds "
+            f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model"
+        )
+    return dict(mismatch)
 
 
 def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
@@ -98,18 +115,6 @@ def _mean_metrics(results: list[StepResult]) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _check_gap(run: Run, step: int, gap: dict[str, float]) -> dict[str, Any]:
-    """The gap's metrics, unless it says that trainer and engine hold different weights."""
-    limit = run.config.rollout.logprob_diff_limit
-    mean = gap.get("rollout/logprob_abs_diff_mean", 0.0)
-    if limit is not None and not mean <= limit:
-        raise WeightSyncError(
-            f"step {step}: mean |trainer - engine| log-prob difference {mean:.3g} exceeds "
-            f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model"
-        )
-    return dict(gap)
 
 
 def _finish_step(
