@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
@@ -255,22 +254,6 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float]:
         "rollout/truncated_frac": fmean(r.finish_reason == "length" for r in rollouts),
         **_column_means(batch.rewards.columns),
     }
-
-
-def logprob_gap(sequences: Sequence[TrainSequence]) -> dict[str, float]:
-    """|trainer - engine| log-prob of the sampled tokens, before any update."""
-    difference = torch.cat([_old(s) - s.rollout_logprobs for s in sequences]).double().abs()
-    if not len(difference):
-        return {}
-    return {
-        "rollout/logprob_abs_diff_mean": difference.mean().item(),
-        "rollout/logprob_abs_diff_max": difference.max().item(),
-    }
-
-
-def _old(sequence: TrainSequence) -> Tensor:
-    assert sequence.old_logprobs is not None
-    return sequence.old_logprobs
 
 
 def _column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -5,9 +5,8 @@
     all_reduce(statistics.maxima, MAX)
     metrics = statistics.finish()
 
-Directions: `policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old, and
-`rollout/kl_*` KL(mu || pi_old) with d = log pi_old - log mu, mu being the sampler. The tokens come
-from mu, so that of each pair k1 = -mean(l) is noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
+`policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old: k1 = -mean(l) is
+noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
 """
 
 from collections.abc import Sequence
@@ -30,12 +29,9 @@ MEANS = (
     "policy/drift_capped_frac",  # r - 1 > c
     "policy/entropy",
     "policy/neg_logprob_mean",
-    "rollout/logprob_abs_diff_mean",
-    "rollout/kl_k1",
-    "rollout/kl_k3",
 )
 TOTALS = ("tokens", "policy/loss", "policy_force", "drift_force", *MEANS)
-MAXIMA = ("policy/ratio_max", "-policy/ratio_min", "rollout/logprob_abs_diff_max")
+MAXIMA = ("policy/ratio_max", "-policy/ratio_min")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +60,6 @@ class Statistics:
             "policy/drift_grad_share": totals["drift_force"] / force if force else 0.0,
             "policy/ratio_max": maxima["policy/ratio_max"],
             "policy/ratio_min": -maxima["-policy/ratio_min"],
-            "rollout/logprob_abs_diff_max": maxima["rollout/logprob_abs_diff_max"],
         }
 
 
@@ -89,7 +84,6 @@ def token_statistics(
     logprobs: Tensor,
     *,
     old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
     advantages: Tensor,
     coefficients: Tensor,
     mask: Tensor,
@@ -102,7 +96,6 @@ def token_statistics(
     """Statistics of one micro-batch, without gradient; arguments as of `cpgd_loss`.
 
     Args:
-        rollout_logprobs: [...] float32, log mu, as the sampler reported them.
         entropy: [...] float32, entropy of pi_theta at each position, in nats.
     """
     tokens = mask.nonzero(as_tuple=True)  # once: on a GPU each indexing with a bool mask waits
@@ -123,7 +116,6 @@ def token_statistics(
     log_ratio = logprobs - old_logprobs
     above, below = (x[tokens] for x in _outside(log_ratio, log_clip_low, log_clip_high))
     log_ratio = log_ratio[tokens].double()
-    rollout_diff = (old_logprobs - rollout_logprobs)[tokens].double()
     advantage, coefficient = advantages[tokens].double(), coefficients[tokens].double()
     clipped_high, clipped_low = above & (advantage > 0), below & (advantage < 0)
     drift = drift_weight(log_ratio, drift_clip)
@@ -143,16 +135,13 @@ def token_statistics(
         "policy/drift_capped_frac": ratio - 1 > drift_clip,
         "policy/entropy": entropy[tokens],
         "policy/neg_logprob_mean": -logprobs[tokens],
-        "rollout/logprob_abs_diff_mean": rollout_diff.abs(),
-        "rollout/kl_k1": -rollout_diff,
-        "rollout/kl_k3": _k3(rollout_diff),
     }
     totals = {name: x.double().sum() for name, x in per_token.items()} | {
         "policy/loss": loss.double()
     }
     return Statistics(
         totals=torch.stack([totals[name] for name in TOTALS]),
-        maxima=torch.stack([ratio.amax(), (-ratio).amax(), rollout_diff.abs().amax()]),
+        maxima=torch.stack([ratio.amax(), (-ratio).amax()]),
     )
 
 

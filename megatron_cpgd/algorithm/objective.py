@@ -53,7 +53,6 @@ class CpgdObjective:
         return token_statistics(
             logprobs,
             entropy=entropy,
-            rollout_logprobs=tokens["rollout_logprobs"],
             **self._arguments(tokens),
         )
 
@@ -148,7 +147,6 @@ def _loss_sequence(sequence: TrainSequence, coefficient: float, clip: Clip) -> L
         "advantages": advantages,
         "coefficients": torch.full((length,), coefficient),
         "old_logprobs": sequence.old_logprobs,
-        "rollout_logprobs": sequence.rollout_logprobs,
         **_clip_tensors(length, clip),
     }
     [plain] = without_loss([sequence])

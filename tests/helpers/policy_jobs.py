@@ -32,7 +32,6 @@ def with_old_logprobs(
         noise = 0.3 * torch.randn(len(values), generator=generator)
         sequence.tensors |= {
             "old_logprobs": values + noise,
-            "rollout_logprobs": values.clone(),
             "log_clip_low": torch.full((len(values),), -0.2),
             "log_clip_high": torch.full((len(values),), 0.2),
         }
