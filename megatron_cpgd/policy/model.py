@@ -34,12 +34,20 @@ FIXED_FIELDS = {
     "num_query_groups": "model.path",
     "kv_channels": "model.path",
     "ffn_hidden_size": "model.path",
+    "layernorm_epsilon": "model.path",
+    "normalization": "model.path",
+    "gated_linear_unit": "model.path",
+    "activation_func": "model.path",
+    "add_bias_linear": "model.path",
+    "add_qkv_bias": "model.path",
+    "qk_layernorm": "model.path",
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
     "context_parallel_size": "parallel.cp",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "precision.train",
+    "pipeline_dtype": "precision.train",
     "bf16": "precision.train",
     "fp16": "precision.train",
     "recompute_granularity": "model.recompute",
@@ -50,18 +58,6 @@ FIXED_FIELDS = {
     "overlap_p2p_comm": "parallel.vpp",
     "batch_p2p_comm": "parallel.vpp",
 }
-
-
-def check_megatron_options(model: ModelConfig) -> None:
-    """Compare `model.megatron` with upstream's field names.
-
-    Raises:
-        ConfigError: a name is unknown, or belongs to a setting of ours.
-    """
-    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
-    problems = check_passthrough(model.megatron, allowed, FIXED_FIELDS, "model.megatron")
-    if problems:
-        raise ConfigError("\n  ".join(["wrong settings:", *problems]))
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -84,8 +80,10 @@ def build_transformer_config(
         hf: parsed config.json of a `llama`, `qwen2` or `qwen3` model.
 
     Raises:
+        ConfigError: wrong options in `model.megatron`.
         ConversionError: the config asks for something that Megatron would compute differently.
     """
+    _check_megatron_options(model)
     _refuse_unsupported(hf)
     heads = hf["num_attention_heads"]
     interleaved = parallel.vpp > 1
@@ -124,7 +122,13 @@ def build_transformer_config(
     }
     if not torch.cuda.is_available():
         fields |= dict.fromkeys(_FUSIONS, False)
-    return TransformerConfig(**(fields | model.megatron))
+    try:
+        return TransformerConfig(**(fields | model.megatron))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"Megatron-Core refuses model.megatron={model.megatron} with this model and layout: "
+            f"{error}"
+        ) from error
 
 
 def build_chunks(
@@ -207,6 +211,13 @@ def _has_apex_gradient_fusion() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _check_megatron_options(model: ModelConfig) -> None:
+    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+    problems = check_passthrough(model.megatron, allowed, FIXED_FIELDS, "model.megatron")
+    if problems:
+        raise ConfigError("\n  ".join(["wrong settings:", *problems]))
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:

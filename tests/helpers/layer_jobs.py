@@ -1,0 +1,37 @@
+"""Jobs for `run_distributed` about single layers."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cpgd.policy.context_parallel import packed_rank_positions, rank_positions
+from megatron_cpgd.policy.cpu_layers import Attention
+
+
+def attention_job(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, boundaries: list[int] | None
+) -> dict[str, Tensor]:
+    """This context-parallel rank's part of the attention and of its gradients.
+
+    Args:
+        query, key, value: packed [T, heads, d] with boundaries, else [S, B, heads, d].
+        weight: [T, heads * d] or [S, B, heads * d]; the loss is (output * weight).sum().
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if boundaries is None:
+        positions = rank_positions(len(query), rank=rank, size=size)
+        packed = None
+    else:
+        positions = packed_rank_positions(boundaries, rank=rank, size=size)
+        packed = SimpleNamespace(cu_seqlens_q_padded=torch.tensor(boundaries))
+    layer = Attention(
+        SimpleNamespace(attention_dropout=0.0), 1, None, "self",
+        pg_collection=SimpleNamespace(cp=dist.group.WORLD),
+    )  # fmt: skip
+    local = [x[positions].requires_grad_() for x in (query, key, value)]
+    output = layer(*local, None, packed_seq_params=packed)
+    (output * weight[positions]).sum().backward()
+    gradients = {name: x.grad for name, x in zip("qkv", local, strict=True)}
+    return {"positions": positions, "output": output.detach(), **gradients}

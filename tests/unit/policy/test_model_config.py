@@ -1,0 +1,177 @@
+"""config.json -> TransformerConfig: what is taken over, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
+from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
+from megatron_cpgd.errors import ConfigError, ConversionError
+from megatron_cpgd.policy import model as policy_model
+from megatron_cpgd.policy.model import (
+    FIXED_FIELDS,
+    build_transformer_config,
+    check_megatron_options,
+    padded_vocab_size,
+    rope_parameters,
+)
+
+HF = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 131,
+    "rope_theta": 10000.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def model_config(**settings) -> ModelConfig:
+    return ModelConfig(path=Path("unused"), **settings)
+
+
+def build(hf: dict, parallel: dict | None = None, **settings):
+    sizes = ParallelConfig(**(parallel or {}))
+    return build_transformer_config(HF | hf, model_config(**settings), sizes, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act: expected silu, got gelu"),
+        ({"use_sliding_window": True}, "use_sliding_window: .* not supported"),
+        ({"attention_bias": True}, "attention_bias: biases of o_proj"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias: biases of o_proj"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias: biases of the MLP"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: .*got linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: .*got yarn"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor: .*1.0.*has 2.0"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 3.0}}, "high_freq_factor: .*4.0.*has 3.0"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}},
+            "original_max_position_embeddings: .*8192.*has 4096",
+        ),
+    ],
+)
+def test_what_megatron_would_compute_differently_is_refused(hf, message):
+    with pytest.raises(ConversionError, match=message):
+        build(hf)
+
+
+def test_all_reasons_are_named_at_once():
+    with pytest.raises(ConversionError, match=r"hidden_act.*; use_sliding_window.*; rope_type"):
+        build({"hidden_act": "gelu", "use_sliding_window": True, "rope_scaling": {"type": "yarn"}})
+
+
+def test_a_switched_off_window_and_llama3_rope_with_upstreams_constants_are_accepted():
+    build({"use_sliding_window": False, "sliding_window": 4096, "rope_scaling": LLAMA3})
+
+
+def test_both_spellings_of_rope_give_the_same_settings():
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0}}
+    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}
+    for hf in (old, new):
+        found = rope_parameters(hf)
+        assert (found["rope_type"], found["rope_theta"], found["factor"]) == ("llama3", 5e5, 8.0)
+    assert rope_parameters({}) == {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+# transformers: Qwen3Config has head_dim 128 of its own; the others divide, 64 / 4 = 16.
+@pytest.mark.parametrize(
+    ("hf", "head_dim"),
+    [
+        ({}, 128),
+        ({"head_dim": 32}, 32),
+        ({"head_dim": None}, 128),
+        ({"model_type": "qwen2"}, 16),
+        ({"model_type": "llama"}, 16),
+        ({"model_type": "llama", "head_dim": 24}, 24),
+    ],
+)
+def test_head_size_defaults_as_in_transformers(hf, head_dim):
+    assert build(hf).kv_channels == head_dim
+
+
+def test_biases_and_query_norms_follow_the_architecture():
+    switches = {
+        kind: (config.add_qkv_bias, config.qk_layernorm, config.add_bias_linear)
+        for kind in ("qwen2", "qwen3", "llama")
+        for config in [build({"model_type": kind})]
+    }
+    assert switches == {
+        "qwen2": (True, False, False),
+        "qwen3": (False, True, False),
+        "llama": (False, False, False),
+    }
+
+
+# 128 divides every usual TP size, so that the padded size is the same for all of them.
+@pytest.mark.parametrize(
+    ("vocabulary", "tp", "padded"),
+    [(128, 1, 128), (129, 1, 256), (131, 2, 256), (131, 8, 256), (151936, 4, 151936), (5, 3, 384)],
+)
+def test_vocabulary_is_padded_to_a_multiple_of_128_and_of_tp(vocabulary, tp, padded):
+    assert padded_vocab_size(vocabulary, tp) == padded
+
+
+def test_the_interleaved_schedule_never_batches_its_sends():
+    plain = build({}, {"pp": 2})
+    interleaved = build({}, {"pp": 2, "vpp": 2})
+    assert (plain.batch_p2p_comm, plain.overlap_p2p_comm) == (True, False)
+    assert (interleaved.batch_p2p_comm, interleaved.overlap_p2p_comm) == (False, True)
+    assert interleaved.virtual_pipeline_model_parallel_size == 2
+
+
+def test_sequence_parallel_is_off_without_tensor_parallel():
+    assert build({}, {"tp": 1}).sequence_parallel is False
+    assert build({}, {"tp": 2}).sequence_parallel is True
+    assert build({}, {"tp": 2, "sequence_parallel": False}).sequence_parallel is False
+
+
+def test_recompute_settings_become_upstreams():
+    full, selective = build({}, recompute="full"), build({}, recompute="selective")
+    assert (full.recompute_granularity, full.recompute_num_layers) == ("full", 1)
+    assert (selective.recompute_granularity, selective.recompute_modules) == (
+        "selective", ["core_attn"],
+    )  # fmt: skip
+    assert build({}).recompute_granularity is None
+
+
+def test_an_option_of_upstream_reaches_its_config():
+    assert build({}, megatron={"deterministic_mode": True}).deterministic_mode is True
+
+
+def test_unknown_and_forbidden_options_are_all_named():
+    options = {"num_layer": 3, "hidden_dropout": 0.1, "recompute_num_layers": 2}
+    with pytest.raises(ConfigError) as raised:
+        check_megatron_options(model_config(megatron=options))
+    message = str(raised.value)
+    assert "model.megatron.num_layer: unknown option" in message
+    assert "model.megatron.hidden_dropout: is set by us; use a model without dropout" in message
+    assert "recompute_num_layers" not in message
+
+
+def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypatch):
+    choices_of_speed = {
+        *policy_model._FUSIONS,
+        "attention_softmax_in_fp32",
+        "gradient_accumulation_fusion",
+        "perform_initialization",
+        "recompute_method",
+        "recompute_modules",
+        "recompute_num_layers",
+    }
+    monkeypatch.setattr(policy_model, "TransformerConfig", dict)
+    for recompute in ("none", "selective", "full"):
+        assert build({}, recompute=recompute).keys() <= FIXED_FIELDS.keys() | choices_of_speed
