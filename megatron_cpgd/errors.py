@@ -2,6 +2,8 @@
 
 USER_ERROR = 2
 """Exit code of the command line for a UserError."""
+RUN_ERROR = 3
+"""Exit code of the command line for a RunError."""
 
 
 class UserError(ValueError):
@@ -20,13 +22,21 @@ class ConversionError(UserError):
     """A checkpoint is missing, damaged, or does not fit the model."""
 
 
-class RolloutError(RuntimeError):
+class RunError(RuntimeError):
+    """The run cannot go on, by no defect of this code: only the message is shown, exit code 3."""
+
+
+class RolloutError(RunError):
     """The engine process failed, died, or did not answer in time."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunError):
     """The engine does not hold the weights that the policy has sent."""
 
 
-class TrainingDivergedError(RuntimeError):
+class RewardError(RunError):
+    """A reward function fails on everything: training on its zeros would be silent damage."""
+
+
+class TrainingDivergedError(RunError):
     """Too many steps in a row had a loss or gradient that is not finite; the state was saved."""

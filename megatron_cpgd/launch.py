@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from megatron_cpgd.errors import RUN_ERROR, USER_ERROR
 
 TERMINATE_GRACE_S = 10.0
 """Time for a rank to end after SIGTERM when another one has failed."""
 FORWARD_GRACE_S = 60.0
 """Time for the ranks to end after a signal that was sent to the launcher."""
+RANK_0_GRACE_S = 3.0
+"""Time for rank 0 to end by itself after another rank has failed: it may give the reason."""
 _POLL_S = 0.05
 _TAIL_LINES = 30
 _PR_SET_PDEATHSIG = 1
@@ -40,8 +44,9 @@ class _Rank:
 def launch_ranks(argv: list[str], world_size: int, log_dir: Path) -> int:
     """Run a command `world_size` times on this machine, once for each rank, and wait for all.
 
-    Rank 0 inherits the terminal; rank N appends its output to `log_dir/rank_N.log`. Every rank dies
-    with this process. SIGTERM and SIGINT are forwarded. Call it from the main thread.
+    Rank 0 inherits the terminal; rank N appends its output to `log_dir/rank_N.log`, whose end is
+    shown if it fails, unless rank 0 has given the reason itself (USER_ERROR, RUN_ERROR). Every rank
+    dies with this process. SIGTERM and SIGINT are forwarded. Call it from the main thread.
 
     Args:
         argv: the command, program first; it finds its place in RANK, LOCAL_RANK, WORLD_SIZE,
@@ -141,15 +146,27 @@ def _wait(ranks: list[_Rank], received: list[int]) -> int:
             if None not in codes or time.monotonic() > deadline:
                 return 128 + received[0]
         else:
-            # A rank that dies takes its peers along within milliseconds: show all that did.
-            failed = [rank for rank in ranks if rank.process.returncode]
-            if failed:
-                for rank in failed:
-                    _report(rank)
-                return _exit_code(failed[0])
+            if any(codes):
+                return _explain(ranks)
             if None not in codes:
                 return 0
         time.sleep(_POLL_S)
+
+
+def _explain(ranks: list[_Rank]) -> int:
+    """Show why ranks have failed; returns the exit code of the one to blame."""
+    failed = [rank for rank in ranks if rank.process.returncode]
+    # A rank that was killed says nothing, and whatever its peers say is about the lost connection.
+    blamed = [rank for rank in failed if rank.process.returncode < 0]
+    if not blamed:
+        with suppress(subprocess.TimeoutExpired):
+            ranks[0].process.wait(RANK_0_GRACE_S)
+        if ranks[0].process.returncode in (USER_ERROR, RUN_ERROR):
+            return _exit_code(ranks[0])  # the terminal shows its message
+        blamed = [rank for rank in ranks if rank.process.returncode]
+    for rank in blamed:
+        _report(rank)
+    return _exit_code(blamed[0])
 
 
 def _stop(ranks: list[_Rank]) -> None:

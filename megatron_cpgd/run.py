@@ -16,7 +16,7 @@ from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, TrainingDivergedError
 from megatron_cpgd.files import write_text_atomic
-from megatron_cpgd.policy.model import check_megatron_options
+from megatron_cpgd.policy.model import build_transformer_config, torch_dtype
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
@@ -55,29 +55,19 @@ class Run:
 
 @contextmanager
 def start_run(config: ExperimentConfig) -> Iterator[Run]:
-    """Build the run, or continue the one in run.dir. Collective: every rank calls it.
-
-    Rank 0 first loads and checks all that the user gave, before anything is written or started.
-    """
+    """Build the run, or continue the one in run.dir. Collective: every rank calls it."""
     rank = int(os.environ["RANK"])
     _require_one_host()
-    check_megatron_options(config.model)
-    with ExitStack() as stack, HfCheckpoint.open(config.model.path) as checkpoint:
-        table = weight_table(checkpoint.config)
-        checkpoint.check(table)
-        folder = RunFolder(config.run.dir)
-        prompts = sampler = None
-        if rank == 0:
-            prompts = Prompts(config)
-        setup_logging(rank, folder.log(rank))
-        if rank == 0 and prompts:
-            folder.write_versions()
-            engine = start_engine(config, folder.logs / "engine.log")
-            stack.callback(engine.close)
-            sampler = Sampler(config, prompts, engine)
-            stack.callback(sampler.close)
+    folder = RunFolder(config.run.dir)
+    with ExitStack() as stack:
+        # The others wait in join_world, so that a mistake of the user is reported by rank 0 alone.
+        prompts, sampler = _start_rank_0(config, folder, stack) if rank == 0 else (None, None)
         join_world()
         stack.callback(_leave_world)
+        if rank != 0:
+            setup_logging(rank, folder.log(rank))
+        checkpoint = stack.enter_context(HfCheckpoint.open(config.model.path))
+        table = weight_table(checkpoint.config)
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
         arena = open_arena(table, rollout_dtype(config.precision.rollout or config.precision.train))
@@ -160,6 +150,28 @@ def note_skipped(run: Run, reason: str | None, step: int) -> None:
             f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
             f"{reason}; the state is saved in {run.folder.checkpoint(step - 1)}"
         )
+
+
+def _start_rank_0(
+    config: ExperimentConfig, folder: RunFolder, stack: ExitStack
+) -> tuple[Prompts, Sampler]:
+    """Check all that the user gave, before anything is written or started; then start sampling."""
+    _check_model(config)
+    prompts = Prompts(config)
+    setup_logging(0, folder.log(0))
+    folder.write_versions()
+    engine = start_engine(config, folder.logs / "engine.log")
+    stack.callback(engine.close)
+    sampler = Sampler(config, prompts, engine)
+    stack.callback(sampler.close)
+    return prompts, sampler
+
+
+def _check_model(config: ExperimentConfig) -> None:
+    with HfCheckpoint.open(config.model.path) as checkpoint:
+        checkpoint.check(weight_table(checkpoint.config))
+        dtype = torch_dtype(config.precision.train)
+        build_transformer_config(checkpoint.config, config.model, config.parallel, dtype)
 
 
 def _require_one_host() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_cpgd.cli import config, convert, eval, report, train
-from megatron_cpgd.errors import USER_ERROR, UserError
+from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 INTERRUPTED = 130
 
@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default: those of this process.
 
     Returns:
-        Exit code: 0 success, 2 the user's input is wrong (its message is on stderr), 130 Ctrl-C.
-        Any other exception is a defect and propagates with its traceback (exit code 1).
+        Exit code: 0 success, 2 the user's input is wrong, 3 the run cannot go on (the message is on
+        stderr), 130 Ctrl-C. Any other exception is a defect and propagates with its traceback
+        (exit code 1).
     """
     arguments = _build_parser().parse_args(argv)
     try:
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"megatron-cpgd {arguments.command}: {error}\n")
         return USER_ERROR
+    except RunError as error:
+        sys.stderr.write(f"megatron-cpgd {arguments.command}: {error}\n")
+        return RUN_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `megatron-cpgd config --schema | head`

@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.config.schema import ExperimentConfig
@@ -45,13 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
         train(config)
         return 0
     from megatron_cpgd.launch import launch_ranks
+    from megatron_cpgd.weight_sync.shared_memory import remove_stale_arenas
 
     command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
     existed = folder.dir.exists()
     code = launch_ranks([*command, *arguments.overrides], config.parallel.world_size, folder.logs)
-    if code == USER_ERROR and not existed and not folder.metrics.exists():
+    if code == USER_ERROR and not existed and not _has_rows(folder.metrics):
         shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs
+    remove_stale_arenas()  # of a rank 0 that was killed
     return code
+
+
+def _has_rows(metrics: Path) -> bool:
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _check_run_folder(config: ExperimentConfig) -> None:

@@ -18,7 +18,7 @@ from itertools import batched
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_cpgd.config.schema import Reward
-from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.errors import ConfigError, RewardError
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.build import reward_names
 from megatron_cpgd.rewards.worker import (
@@ -79,8 +79,7 @@ class RewardPool:
         """Score a batch; failed calls score 0 and are counted.
 
         Raises:
-            RuntimeError: all calls of one function failed: it is broken, and training on its zeros
-                would be silent damage. Timeouts alone do not raise.
+            RewardError: all calls of one function failed. Timeouts alone do not raise.
         """
         columns: dict[str, list[float]] = {}
         total = [0.0] * len(requests)
@@ -187,7 +186,7 @@ class RewardPool:
         """Count the errors; log the first one ever of this function."""
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         if errors and len(errors) == len(outcomes):
-            raise RuntimeError(
+            raise RewardError(
                 f"the reward function {name!r} failed on all {len(outcomes)} responses of a "
                 f"batch; the first error:\n{errors[0]}"
             )

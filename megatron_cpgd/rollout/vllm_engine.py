@@ -112,6 +112,7 @@ class VllmEngine:
     def _start(self, launch: Launch) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "megatron_cpgd.rollout.vllm_server"]
         with self._log_path.open("ab") as log:
+            self._log_start = log.tell()  # behind what an earlier run has left
             return subprocess.Popen(
                 [*command, msgspec.json.encode(launch).decode()],
                 env=engine_environment(dict(os.environ), cpu=has_cpu_build()),
@@ -218,13 +219,16 @@ class VllmEngine:
 
     def _died(self, what: str) -> str:
         code = self._process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        how = f"ended with exit code {code}"
+        if code < 0:
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            how = f"was killed by {signal.Signals(-code).name}{hint}"
         return f"{what}: the engine {how}; last lines of its log:\n{self._log_tail()}"
 
     def _log_tail(self) -> str:
         with self._log_path.open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace")
+            log.seek(max(self._log_start, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").strip()
 
 
 def has_cpu_build() -> bool:
