@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_cpgd.algorithm.objective import CpgdObjective
 from megatron_cpgd.config.schema import ExperimentConfig
@@ -49,6 +50,40 @@ def broken_step_job(
     skipped = [policy.train_step(sequences, OBJECTIVE).skipped]
     write_weights(policy, before)
     skipped.append(policy.train_step(sequences, broken).skipped)
+    write_weights(policy, after)
+    skipped.append(policy.train_step(sequences, OBJECTIVE).skipped)
+    return skipped
+
+
+class _PoisonedRank(CpgdObjective):
+    """One rank's first gradient becomes NaN: before the replicas' sum where it computes a loss."""
+
+    __slots__ = ("policy", "rank")
+
+    def statistics(self, *args: Any) -> Any:
+        self._poison()
+        return super().statistics(*args)
+
+    def reduce(self, *args: Any) -> dict[str, float]:
+        self._poison()
+        return super().reduce(*args)
+
+    def _poison(self) -> None:
+        if dist.get_rank() == self.rank:
+            next(self.policy._chunks[0].parameters()).main_grad.fill_(torch.nan)
+
+
+def poisoned_rank_job(
+    config: ExperimentConfig, sequences: list[LossSequence], rank: int, before: Path, after: Path
+) -> list[str | None]:
+    """A good step, one in which a single rank has a gradient of NaN, and a good one again."""
+    policy = build_policy(config)
+    poisoned = _PoisonedRank(drift_coef=0.1, drift_clip=2.0)
+    object.__setattr__(poisoned, "policy", policy)
+    object.__setattr__(poisoned, "rank", rank)
+    skipped = [policy.train_step(sequences, OBJECTIVE).skipped]
+    write_weights(policy, before)
+    skipped.append(policy.train_step(sequences, poisoned).skipped)
     write_weights(policy, after)
     skipped.append(policy.train_step(sequences, OBJECTIVE).skipped)
     return skipped
