@@ -1,6 +1,6 @@
 """Starts the trainer ranks of one machine and stops all of them when one fails.
 
-torchrun would do, and is used as it is for several nodes. On one machine these lines start faster
+torchrun would do, and may be used in its place. On one machine these lines start faster
 (torchrun imports torch for seconds before the first rank does), return the exit code of the rank
 that failed, and show the end of its log.
 """

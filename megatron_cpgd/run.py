@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def start_run(config: ExperimentConfig) -> Iterator[Run]:
     with ExitStack() as stack:
         # The others wait in join_world, so that a mistake of the user is reported by rank 0 alone.
         prompts, sampler = _start_rank_0(config, folder, stack) if rank == 0 else (None, None)
-        join_world()
+        join_world(_longest_wait(config))
         stack.callback(_leave_world)
         if rank != 0:
             setup_logging(rank, folder.log(rank))
@@ -148,7 +149,8 @@ def note_skipped(run: Run, reason: str | None, step: int) -> None:
         publish(run, step - 1)
         raise TrainingDivergedError(
             f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
-            f"{reason}; the state is saved in {run.folder.checkpoint(step - 1)}"
+            f"{reason}; the state is saved in {run.folder.checkpoint(step - 1)}; a new run with a "
+            "smaller optim.lr may hold"
         )
 
 
@@ -172,6 +174,16 @@ def _check_model(config: ExperimentConfig) -> None:
         checkpoint.check(weight_table(checkpoint.config))
         dtype = torch_dtype(config.precision.train)
         build_transformer_config(checkpoint.config, config.model, config.parallel, dtype)
+
+
+def _longest_wait(config: ExperimentConfig) -> timedelta:
+    """Of the other ranks for rank 0, whose waits for the engine have deadlines of their own.
+
+    In one collective's wait fall the start of the engine or a refresh, an evaluation, a generation
+    and the rewards.
+    """
+    engine = config.rollout.start_timeout_s + 3 * config.rollout.step_timeout_s
+    return timedelta(seconds=engine, hours=1)
 
 
 def _require_one_host() -> None:

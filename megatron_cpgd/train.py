@@ -73,7 +73,8 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
     if limit is not None and not mean <= limit:
         raise WeightSyncError(
             f"step {step}: mean |trainer - engine| log-prob difference {mean:.3g} exceeds "
-            f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model"
+            f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model, or the "
+            "limit is below the rounding of their number formats"
         )
     return dict(mismatch)
 

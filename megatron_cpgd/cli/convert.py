@@ -33,7 +33,9 @@ def add_parser(commands: Commands) -> None:
 def run_hf_to_megatron(arguments: argparse.Namespace) -> int:
     """Convert a Hugging Face folder."""
     from megatron_cpgd.policy.convert import hf_to_megatron
+    from megatron_cpgd.tracking.logging import setup_logging
 
+    setup_logging(rank=0)
     hf_to_megatron(arguments.hf_dir, arguments.out_dir, dtype=arguments.dtype)
     return 0
 
@@ -41,7 +43,9 @@ def run_hf_to_megatron(arguments: argparse.Namespace) -> int:
 def run_megatron_to_hf(arguments: argparse.Namespace) -> int:
     """Convert a Megatron checkpoint."""
     from megatron_cpgd.policy.convert import megatron_to_hf
+    from megatron_cpgd.tracking.logging import setup_logging
 
+    setup_logging(rank=0)
     megatron_to_hf(
         arguments.checkpoint_dir,
         arguments.out_dir,

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     from megatron_cpgd.config.load import load_config
     from megatron_cpgd.evaluate import evaluate_model
+    from megatron_cpgd.tracking.logging import setup_logging
 
+    setup_logging(rank=0)
     config = load_config(arguments.config, arguments.overrides)
     metrics = evaluate_model(config, arguments.model or config.model.path, arguments.backend)
     sys.stdout.write(json.dumps(metrics) + "\n")

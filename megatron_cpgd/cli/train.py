@@ -18,7 +18,7 @@ def add_parser(commands: Commands) -> None:
         help="train a policy, or resume it",
         description=(
             "Trains, or resumes what is in run.dir. Starts the ranks of one machine itself; under "
-            "torchrun or srun, which set RANK, it runs as that rank."
+            "torchrun, which sets RANK, it runs as that rank."
         ),
     )
     add_config_arguments(parser, required=True)

@@ -10,6 +10,8 @@ from megatron_cpgd.config.schema import ExperimentConfig
 MAY_CHANGE = (
     "run.dir",
     "run.steps",
+    "parallel.",
+    "batch.",
     "tracking.",
     "checkpoint.",
     "eval.",
@@ -18,7 +20,11 @@ MAY_CHANGE = (
     "rollout.start_timeout_s",
     "rollout.step_timeout_s",
 )
-"""Settings, or prefixes of them, that a resumed run may set anew: none changes what is learnt."""
+"""Settings, or prefixes of them, that a resumed run may set anew.
+
+None changes what is learnt, but for `run.steps` under a decaying learning rate: there it moves the
+end of the decay.
+"""
 
 
 def check_resume(config: ExperimentConfig, run_dir: Path) -> list[str]:

@@ -11,9 +11,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_cpgd.config.schema import ParallelConfig
 
-GROUP_TIMEOUT = timedelta(minutes=60)
-"""A collective may wait for the engine on rank 0; that wait has its own, shorter deadline."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelInfo:
@@ -54,13 +51,16 @@ class ParallelInfo:
         return self.sequence_multiple * shards
 
 
-def join_world() -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+def join_world(timeout: timedelta) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Args:
+        timeout: longest wait of a collective for the slowest rank.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl", timeout=GROUP_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
