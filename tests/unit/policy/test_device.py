@@ -54,7 +54,7 @@ NO_FACTORY = {
 
 def run_python(code: str) -> str:
     """What a fresh interpreter prints: the layer can be installed only once per process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

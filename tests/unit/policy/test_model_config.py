@@ -12,7 +12,6 @@ from megatron_cpgd.policy import model as policy_model
 from megatron_cpgd.policy.model import (
     FIXED_FIELDS,
     build_transformer_config,
-    check_megatron_options,
     padded_vocab_size,
     rope_parameters,
 )
@@ -37,13 +36,9 @@ LLAMA3 = {
 }
 
 
-def model_config(**settings) -> ModelConfig:
-    return ModelConfig(path=Path("unused"), **settings)
-
-
 def build(hf: dict, parallel: dict | None = None, **settings):
-    sizes = ParallelConfig(**(parallel or {}))
-    return build_transformer_config(HF | hf, model_config(**settings), sizes, torch.float32)
+    model, sizes = ModelConfig(path=Path("unused"), **settings), ParallelConfig(**(parallel or {}))
+    return build_transformer_config(HF | hf, model, sizes, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +148,8 @@ def test_an_option_of_upstream_reaches_its_config():
 
 
 def test_unknown_and_forbidden_options_are_all_named():
-    options = {"num_layer": 3, "hidden_dropout": 0.1, "recompute_num_layers": 2}
     with pytest.raises(ConfigError) as raised:
-        check_megatron_options(model_config(megatron=options))
+        build({}, megatron={"num_layer": 3, "hidden_dropout": 0.1, "recompute_num_layers": 2})
     message = str(raised.value)
     assert "model.megatron.num_layer: unknown option" in message
     assert "model.megatron.hidden_dropout: is set by us; use a model without dropout" in message
@@ -172,6 +166,13 @@ def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypat
         "recompute_modules",
         "recompute_num_layers",
     }
-    monkeypatch.setattr(policy_model, "TransformerConfig", dict)
+    given = []
+
+    class Recorder(policy_model.TransformerConfig):
+        def __init__(self, **fields):
+            given.append(fields)
+
+    monkeypatch.setattr(policy_model, "TransformerConfig", Recorder)
     for recompute in ("none", "selective", "full"):
-        assert build({}, recompute=recompute).keys() <= FIXED_FIELDS.keys() | choices_of_speed
+        build({}, recompute=recompute)
+        assert given.pop().keys() <= FIXED_FIELDS.keys() | choices_of_speed
