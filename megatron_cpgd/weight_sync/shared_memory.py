@@ -1,5 +1,6 @@
 """Where the arenas of this host's runs lie, and the removal of those that nobody uses."""
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +15,13 @@ def arena_path(pid: int) -> Path:
 
 
 def remove_stale_arenas() -> None:
-    """Delete the arenas of processes that have ended: a killed one leaves as much as the model."""
+    """Delete the arenas of processes that have ended: a killed one leaves as much as the model.
+
+    Called before this process makes its own: a file with its number is from an earlier process.
+    """
     pattern = re.compile(_NAME.format(pid=r"(\d+)"))
     for file in SHARED_MEMORY.glob(_NAME.format(pid="*")):
         match = pattern.fullmatch(file.name)
-        if match and not Path("/proc", match[1]).exists():
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             with suppress(PermissionError):  # another user's
                 file.unlink(missing_ok=True)

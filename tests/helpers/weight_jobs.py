@@ -1,5 +1,7 @@
 """Jobs for `run_distributed` about what ranks exchange: rollouts and exported weights."""
 
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -11,6 +13,9 @@ from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy import shards
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.types import TrainSequence
+from megatron_cpgd.weight_sync import shared_memory
+from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+from megatron_cpgd.weights.table import WeightTable, rename
 from tests.helpers.policy_jobs import build_policy
 
 
@@ -41,3 +46,27 @@ def incomplete_export_job(config: ExperimentConfig, lost: str) -> str | None:
         except ConversionError as error:
             return str(error)
     return None
+
+
+def arena_job(folder: Path) -> dict[str, Any]:
+    """Open an arena in `folder`, write this rank's row, read all, leave."""
+    rank = dist.get_rank()
+    entry = rename(("megatron",), "hf", (2,))
+    with patch.object(shared_memory, "SHARED_MEMORY", folder):
+        arena = open_arena(WeightTable((entry,)), torch.bfloat16)
+        arena.view("hf")[rank] = rank + 1
+        dist.barrier()
+        values = arena.view("hf")
+        if rank == 1:
+            remove_arena(arena)
+        dist.barrier()
+        after = arena.path.exists()
+        dist.barrier()
+        if rank == 0:
+            remove_arena(arena)
+    return {
+        "values": values.tolist(),
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "path": str(arena.path),
+        "after_rank_1_left": after,
+    }
