@@ -142,6 +142,10 @@ class Command:
         ]
         return pid
 
+    def runs(self) -> bool:
+        """Whether the launcher has not ended yet."""
+        return self._process.poll() is None
+
     def wait(self, timeout_s: float = 120) -> Finished:
         """Wait for the end of the command."""
         code = self._process.wait(timeout_s)

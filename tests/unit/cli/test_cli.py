@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_cpgd.cli import main
+from megatron_cpgd.errors import RolloutError
 
 
 def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -138,6 +139,31 @@ def test_a_defect_shows_its_traceback_and_exits_with_1(tmp_path):
     result = run_cli("report", tmp_path / "run")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_a_run_that_cannot_go_on_shows_its_message_and_exits_with_3(run_yaml, monkeypatch, capsys):
+    def stop(_: object) -> None:
+        raise RolloutError("the engine is gone")
+
+    loop = types.ModuleType("megatron_cpgd.train")
+    loop.train = stop
+    monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", str(run_yaml)]) == 3
+    assert capsys.readouterr().err == "megatron-cpgd train: the engine is gone\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_finished_run_is_not_started_by_torchrun_either(run_yaml, monkeypatch, capsys, rank):
+    folder = run_yaml.parent / "run"
+    (folder / "hf" / "step_000010").mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text("step_000010\n")
+    (folder / "metrics.jsonl").write_text('{"step": 10, "reward/mean": 1.0}\n')
+    monkeypatch.setitem(sys.modules, "megatron_cpgd.train", None)  # an import would fail
+    monkeypatch.setenv("RANK", rank)
+    assert main(["train", str(run_yaml)]) == 0
+    assert ("reward/mean" in capsys.readouterr().out) == (rank == "0")
 
 
 def test_an_unknown_command_exits_with_2():

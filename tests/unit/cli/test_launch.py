@@ -107,6 +107,25 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path, rank_program, capfd):
     assert "rank 1 was killed by SIGKILL (out of memory?)" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("code", [2, 3])
+def test_rank_0_alone_explains_what_ends_all_ranks(tmp_path, rank_program, capfd, code):
+    """Rank 1 is the first to end, and its log says the same: the user reads it once."""
+    argv = rank_program(
+        f"time.sleep(0.3 * (rank == 0)); print('the reason', file=sys.stderr); sys.exit({code})"
+    )
+    assert launch_ranks(argv, 2, tmp_path / "logs") == code
+    assert capfd.readouterr().err == "the reason\n"
+
+
+def test_a_rank_that_fails_alone_is_shown_although_it_explains_itself(
+    tmp_path, rank_program, capfd, monkeypatch
+):
+    monkeypatch.setattr(launch, "RANK_0_GRACE_S", 0.2)
+    argv = rank_program("if rank == 1: print('the reason'); sys.exit(2)\ntime.sleep(60)")
+    assert launch_ranks(argv, 2, tmp_path / "logs") == 2
+    assert "| the reason" in capfd.readouterr().err
+
+
 def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, rank_program, monkeypatch):
     monkeypatch.setattr(launch, "TERMINATE_GRACE_S", 0.5)
     argv = rank_program(
