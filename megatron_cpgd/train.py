@@ -105,7 +105,8 @@ def _mean_metrics(results: list[StepResult]) -> dict[str, Any]:
         metrics["policy/skipped_reason"] = skipped[-1]
     if not made:
         return metrics
-    for name in made[0].metrics:
+    # A mini-batch without any response token has no per-token metrics.
+    for name in {name: None for result in made for name in result.metrics}:
         values = [result.metrics[name] for result in made if name in result.metrics]
         pick = max if name.endswith("_max") else min if name.endswith("_min") else _mean
         metrics[name] = pick(values)

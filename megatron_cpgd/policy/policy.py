@@ -119,15 +119,15 @@ class Policy:
         for sequence in sequences:
             offsets.append(offsets[-1] + sequence.response_length)
         # Every token has one owner; a sum with zeros brings it to all ranks bit by bit.
-        flat = torch.zeros(offsets[-1], device=device.current())
+        flat = torch.zeros(offsets[-1])
         owner = parallel_state.is_pipeline_last_stage() and self.info.tp_rank == 0
 
         def collect(
             batch: MicroBatch, tokens: LocalTokens, logprobs: Tensor, entropy: Tensor
         ) -> tuple[None, None]:
             if owner:
-                full = torch.zeros(batch.input_ids.shape, device=logprobs.device)
-                full[:, local_positions(batch, self.info)] = logprobs
+                full = torch.zeros(batch.input_ids.shape)
+                full[:, local_positions(batch, self.info)] = logprobs.cpu()
                 for i, values in unpack_tokens(full, batch).items():
                     flat[offsets[i] : offsets[i + 1]] = values
             return None, None
@@ -137,8 +137,8 @@ class Policy:
         run_schedule(self._schedule, micro_batches, collect, forward_only=True)
         for model in self._models:
             model.train()
-        dist.all_reduce(flat)
-        return list(flat.cpu().split([sequence.response_length for sequence in sequences]))
+        _all_reduce(flat, dist.ReduceOp.SUM)
+        return list(flat.split([sequence.response_length for sequence in sequences]))
 
     def train_step[S](self, sequences: Sequence[LossSequence], loss: TokenLoss[S]) -> StepResult:
         """One optimizer step on one mini-batch, the same list on every rank.

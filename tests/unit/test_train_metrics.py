@@ -1,0 +1,47 @@
+"""The metrics of a step from those of its optimizer steps."""
+
+import pytest
+
+from megatron_cpgd.policy.policy import StepResult
+from megatron_cpgd.train import _mean_metrics
+
+
+def result(skipped: str | None = None, grad_norm: float = 1.0, **metrics: float) -> StepResult:
+    named = {f"policy/{name}": value for name, value in metrics.items()}
+    return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=0.5, metrics=named)
+
+
+def test_means_are_taken_and_extremes_stay_extremes():
+    steps = [
+        result(grad_norm=1.0, ratio_mean=1.0, ratio_max=3.0, ratio_min=0.5),
+        result(grad_norm=3.0, ratio_mean=2.0, ratio_max=2.0, ratio_min=0.1),
+    ]
+    assert _mean_metrics(steps) == {
+        "policy/ratio_mean": 1.5,
+        "policy/ratio_max": 3.0,
+        "policy/ratio_min": 0.1,
+        "policy/grad_norm": 2.0,
+        "policy/learning_rate": 0.5,
+        "policy/skipped_steps": 0,
+    }
+
+
+def test_a_skipped_step_counts_and_leaves_no_number():
+    steps = [result(loss=2.0), result("loss is nan", float("nan"), loss=float("nan"))]
+    metrics = _mean_metrics(steps)
+    assert metrics["policy/loss"] == 2.0 and metrics["policy/grad_norm"] == 1.0
+    assert metrics["policy/skipped_steps"] == 1
+    assert metrics["policy/skipped_reason"] == "loss is nan"
+
+
+def test_all_steps_skipped_leave_only_their_count():
+    metrics = _mean_metrics([result("gradient norm is inf", float("inf"))])
+    assert metrics == {"policy/skipped_steps": 1, "policy/skipped_reason": "gradient norm is inf"}
+
+
+# The first of two mini-batches had no response token, so it reports its loss only.
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_metric_that_one_step_lacks_is_the_mean_of_the_others(order):
+    steps = [result(loss=0.0), result(loss=1.0, entropy=0.7)][::order]
+    metrics = _mean_metrics(steps)
+    assert metrics["policy/loss"] == 0.5 and metrics["policy/entropy"] == 0.7
