@@ -1,6 +1,6 @@
 """Every layout trains like one rank: same log-probs, gradient norms and updates, in fp32.
 
-The measured differences are printed: `pytest -rP tests/distributed/test_layout_parity.py -m ""`.
+The measured differences are printed: `pytest -rP tests/distributed/test_layout_parity.py`.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 3
 EXACT = ["pp2", "pp2_vpp2", "dp2"]
-CLOSE = ["tp2", "tp2_no_sp", "cp2", "tp2_pp2"]
+CLOSE = ["tp2", "tp2_no_sp", "cp2", "tp2_pp2", "tp2_pp2_dp2"]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "pp2_vpp2": {"pp": 2, "vpp": 2},
@@ -83,7 +83,7 @@ def train(path: Path, sequences: list, parallel: dict, **sections: Any) -> Run:
 def reference(request, tmp_path_factory) -> Reference:
     path = tmp_path_factory.mktemp(request.param)
     save_tiny_model(path, **MODELS[request.param])
-    sequences = tiny_sequences(groups=4, size=2)
+    sequences = tiny_sequences()
     [logprobs] = run_distributed(1, logprobs_job, tiny_config(path), sequences)
     sequences = with_old_logprobs(sequences, logprobs)
     run = train(path, sequences, {})
@@ -116,10 +116,10 @@ def test_pipeline_and_data_parallel_equal_one_rank_bit_by_bit(reference, layout)
     logprobs, norm, update = errors(reference.packed(layout), reference)
     assert logprobs == 0
     assert norm < 1e-5
-    assert update < 1e-4  # Adam turns the rounding of a gradient near 0 into part of a step
+    assert update < 1e-5
 
 
-@pytest.mark.parametrize("layout", [*CLOSE, pytest.param("tp2_pp2_dp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", CLOSE)
 def test_tensor_and_context_parallel_equal_one_rank_up_to_rounding(reference, layout):
     logprobs, norm, update = errors(reference.packed(layout), reference)
     assert logprobs < 1e-4
