@@ -15,7 +15,7 @@ demo: $(BIN)/.synced
 test: $(BIN)/.synced
 	$(BIN)/python -m pytest $(ARGS)
 
-# The default suite and what takes minutes: 8-rank layouts, tensor-parallel engines.
+# The default suite and what takes minutes: tensor-parallel engines.
 test-all: $(BIN)/.synced
 	$(BIN)/python -m pytest -m "" $(ARGS)
 

@@ -15,11 +15,15 @@ settings.load_profile("no_deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    marked = {
+        name: [item for item in items if item.get_closest_marker(name)]
+        for name in ("gpu", "distributed")
+    }
+    if not any(marked.values()):
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    cuda = torch.cuda.is_available()
+    reason = "gloo ranks compute on the CPU: hide the GPU, CUDA_VISIBLE_DEVICES=" if cuda else None
+    for item in marked["distributed" if cuda else "gpu"]:
+        item.add_marker(pytest.mark.skip(reason=reason or "needs a CUDA device"))

@@ -13,6 +13,8 @@ import torch
 
 from megatron_cpgd.policy import device
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU only")
+
 NOT_ON_OUR_PATH = {
     "distributed.fsdp.mcore_fsdp_adapter": (5, "FSDP is not used"),
     "distributed.fsdp.src.megatron_fsdp.fully_shard": (1, "FSDP is not used"),
