@@ -160,8 +160,6 @@ def _row_layout(boundaries: list[int], rank: int, size: int) -> _RowLayout:
     key_real = real.repeat(1, size)
     key_position = torch.cat(list(position), dim=1)
     mask = (position[rank][:, :, None] >= key_position[:, None]) & key_real[:, None]
-    # A padded query row would attend to nothing and give NaN: let it see the first key.
-    mask[:, :, 0] |= ~real
     return _RowLayout(
         query_index=query_index,
         key_index=key_index,

@@ -108,3 +108,15 @@ def test_a_gradient_of_nan_on_one_rank_skips_the_step_on_all(
     assert results == [[None, "gradient norm is nan", None]] * 2
     old, new = load_file(before), load_file(after)
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+# The gradient is 0, so Adam's step is 0 and what is left is p -= lr * weight_decay * p = 0.05 p.
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2_vpp2"])
+def test_weight_decay_acts_on_matrices_only(model, sequences, layout, distributed, tmp_path):
+    [empty] = [sequence for sequence in sequences if sequence.response_length == 0]
+    optim = {"lr": 0.1, "weight_decay": 0.5, "distributed": distributed}
+    _, weights = train(model, [empty], tmp_path / "w", LAYOUTS[layout], optim=optim)
+    for name, initial in load_file(model / "model.safetensors").items():
+        expected = initial if initial.ndim == 1 else initial * 0.95
+        torch.testing.assert_close(weights[name], expected, rtol=1e-6, atol=0, msg=name)
