@@ -1,9 +1,10 @@
-"""Gloo ranks for tests: pools of forked processes that have imported megatron already.
+"""Gloo ranks for tests: forks of a process that has imported megatron already.
 
 Importing torch and megatron costs several CPU seconds per process; a fork costs milliseconds. All
 ranks are forked from one process that never computes: a fork of the test process would inherit
-the locks of whatever thread pools it has used. Jobs are module-level functions that get plain data
-and return plain data.
+the locks of whatever thread pools it has used. Every job has ranks of its own: upstream never ends
+its process groups, and their threads, dozens for each model, would slow the jobs that follow.
+Jobs are module-level functions that get plain data and return plain data.
 """
 
 import atexit
@@ -14,14 +15,14 @@ import signal
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # every rank would import it at its first optimizer
 
-import megatron_cpgd.policy  # noqa: F401  installs the CPU device layer before megatron
+import megatron_cpgd.policy.policy  # noqa: F401  so that no rank imports it; megatron comes along
 
 PR_SET_PDEATHSIG = 1
 
@@ -47,22 +48,23 @@ def _fork_ranks(requests: Connection) -> None:
 
 
 def _serve(rank: int, world_size: int, store: str, address: str) -> None:
+    """One job, then wait for the end: a rank that left would break its peers' collectives."""
     _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     torch.set_num_threads(1)
     size, me = str(world_size), str(rank)
     os.environ |= {"RANK": me, "LOCAL_RANK": me, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    connection = Client(address)
-    connection.send(rank)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-    )
-    while True:
+    with Client(address) as connection:
+        connection.send(rank)
         function, args, kwargs = connection.recv()
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
         try:
             connection.send((True, function(*args, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        connection.poll(None)
 
 
 _requests, _theirs = mp.get_context("fork").Pipe()
@@ -70,54 +72,57 @@ _forker = mp.get_context("fork").Process(target=_fork_ranks, args=(_theirs,), da
 _forker.start()
 
 
-class Ranks:
-    """`world_size` processes in one gloo group."""
+def run_distributed(
+    world_size: int, function: Any, *args: Any, timeout_s: float = 180, **kwargs: Any
+) -> list[Any]:
+    """Run `function` on `world_size` gloo ranks of its own and return its results by rank."""
+    pids: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            connections = _start(world_size, folder, pids)
+            for connection in connections:
+                connection.send((function, args, kwargs))
+            return _results(connections, time.monotonic() + timeout_s)
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
-    def __init__(self, world_size: int) -> None:
-        folder = Path(tempfile.mkdtemp())
-        address = str(folder / "socket")
-        self.pids = []
-        with Listener(address) as listener:
-            for rank in range(world_size):
-                _requests.send((rank, world_size, str(folder / "store"), address))
-                self.pids.append(_requests.recv())
-            connections = {}
-            for _ in range(world_size):
-                connection = listener.accept()
-                connections[connection.recv()] = connection
-        self.connections = [connections[rank] for rank in range(world_size)]
 
-    def run(self, function: Any, *args: Any, timeout_s: float = 180, **kwargs: Any) -> list[Any]:
-        """Results of `function` by rank. A rank that fails or hangs ends the whole pool."""
-        for connection in self.connections:
-            connection.send((function, args, kwargs))
-        deadline = time.monotonic() + timeout_s
-        results, failures = [], []
-        for rank, connection in enumerate(self.connections):
-            patience = 3.0 if failures else max(0.1, deadline - time.monotonic())
-            if not connection.poll(patience):
-                failures.append(f"rank {rank}: no answer")
-                continue
+def _start(world_size: int, folder: str, pids: list[int]) -> list[Connection]:
+    """Fork the ranks, adding to `pids`; returns a connection to each."""
+    address = f"{folder}/socket"
+    with Listener(address) as listener:
+        for rank in range(world_size):
+            _requests.send((rank, world_size, f"{folder}/store", address))
+            pids.append(_requests.recv())
+        connections = {}
+        for _ in range(world_size):
+            connection = listener.accept()
+            connections[connection.recv()] = connection
+    return [connections[rank] for rank in range(world_size)]
+
+
+def _results(connections: list[Connection], deadline: float) -> list[Any]:
+    """By rank.
+
+    Raises:
+        RuntimeError: a rank failed, with its traceback, or did not answer.
+    """
+    results, failures = [], []
+    for rank, connection in enumerate(connections):
+        # After a failure the others may be stuck in a collective.
+        patience = 3.0 if failures else max(0.1, deadline - time.monotonic())
+        if not connection.poll(patience):
+            failures.append(f"rank {rank}: no answer")
+            continue
+        try:
             succeeded, value = connection.recv()
-            results.append(value)
-            if not succeeded:
-                failures.insert(0, f"rank {rank}: {value}")
-        if failures:
-            self.kill()
-            raise RuntimeError("\n".join(failures))
-        return results
-
-    def kill(self) -> None:
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
-
-
-_pools: dict[int, Ranks] = {}
-
-
-def run_distributed(world_size: int, function: Any, *args: Any, **kwargs: Any) -> list[Any]:
-    """Run `function` on `world_size` gloo ranks and return its results by rank."""
-    pool = _pools.pop(world_size, None) or Ranks(world_size)
-    results = pool.run(function, *args, **kwargs)
-    _pools[world_size] = pool  # only a pool without failures is used again
+        except EOFError:
+            succeeded, value = False, "died"
+        results.append(value)
+        if not succeeded:
+            failures.insert(0, f"rank {rank}: {value}")
+    if failures:
+        raise RuntimeError("\n".join(failures))
     return results
