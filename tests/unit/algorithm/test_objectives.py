@@ -56,7 +56,8 @@ def make_batch(lengths, rewards, *, seed, staleness=0.3, mismatch=0.3) -> Batch:
     )
 
 
-# Uneven lengths, an empty response, a group of equal rewards; a group of one token.
+# Uneven lengths, an empty response, a group of equal rewards; a group of one token; ratios past
+# every cap.
 BATCHES = {
     "uneven": make_batch(
         [5, 2, 9, 4, 0, 3, 7, 1, 6],
@@ -66,6 +67,7 @@ BATCHES = {
     "tiny groups": make_batch(
         [12, 3, 1, 0, 6, 6], [[0.0, 1.0], [2.0, 0.5], [1.0, 0.0]], seed=2, staleness=0.6
     ),
+    "far": make_batch([8, 6, 7, 9], [[1.0, 0.0], [0.0, 1.0]], seed=6, staleness=1.8, mismatch=1.5),
 }
 
 
