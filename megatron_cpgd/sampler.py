@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages
+from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages, overlong_penalty
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
 from megatron_cpgd.data.stream import PromptStream
@@ -106,11 +107,9 @@ class Sampler:
     def score(self, groups: Sequence[RolloutGroup]) -> ScoredBatch:
         """Rewards of all responses, and their advantages."""
         rewards = self._score(groups)
-        weight = self._config.algorithm.prompt_weight
-        advantages = compute_advantages(
+        advantages = self._advantages(
             torch.tensor(rewards.total).view(len(groups), -1),
-            prompt_weight=weight.type,
-            max_weight=weight.max_weight,
+            torch.tensor([[len(each.token_ids) for each in group.rollouts] for group in groups]),
         )
         return ScoredBatch(groups=list(groups), rewards=rewards, advantages=advantages)
 
@@ -152,6 +151,24 @@ class Sampler:
     def _with_text(self, rollout: Rollout) -> Rollout:
         text = self._prompts.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
         return replace(rollout, text=text)
+
+    def _advantages(self, rewards: Tensor, lengths: Tensor) -> Advantages:
+        """Of rewards and response lengths [P, G]."""
+        algorithm = self._config.algorithm
+        advantage, weight = algorithm.advantage, algorithm.prompt_weight
+        if advantage.overlong_buffer_tokens is not None:
+            rewards = rewards + overlong_penalty(
+                lengths,
+                max_tokens=self._config.rollout.max_response_tokens,
+                buffer_tokens=advantage.overlong_buffer_tokens,
+            )
+        return compute_advantages(
+            rewards,
+            prompt_weight=weight.type,
+            max_weight=weight.max_weight,
+            baseline=advantage.baseline,
+            whiten_lengths=lengths if advantage.whiten else None,
+        )
 
     def _score(self, groups: Sequence[RolloutGroup]) -> RewardResult:
         return self._rewards.score(

@@ -5,10 +5,13 @@ from typing import Any
 import torch
 
 from megatron_cpgd.algorithm.coefficients import split_mini_batches
+from megatron_cpgd.algorithm.correction import correction_metrics
 from megatron_cpgd.algorithm.mismatch import compute_mismatch
 from megatron_cpgd.algorithm.objective import (
     build_loss_sequences,
     build_objective,
+    has_epoch_weights,
+    old_minus_rollout,
     set_epoch_weights,
     without_loss,
 )
@@ -76,7 +79,10 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
             f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model, or the "
             "limit is below the rounding of their number formats"
         )
-    return dict(mismatch)
+    algorithm = run.config.algorithm
+    return mismatch | correction_metrics(
+        old_minus_rollout(sequences), algorithm.correction, algorithm.rejection
+    )
 
 
 def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, 
     objective = build_objective(config)
     results: list[StepResult] = []
     for epoch in range(config.epochs):
-        if epoch > 0:
+        if epoch > 0 and has_epoch_weights(config):
             epoch_start = run.policy.compute_logprobs(without_loss(sequences))
             set_epoch_weights(sequences, epoch_start, config.clip)
         for groups in split_mini_batches(run.config.rollout.prompts_per_step, config.mini_batches):

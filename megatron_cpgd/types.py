@@ -65,6 +65,8 @@ class TrainSequence:
     """A_omega: centred in the group and weighted."""
     old_logprobs: Tensor | None = None
     """[T] float32, log pi_old under Megatron; set by the old-log-prob pass."""
+    ref_logprobs: Tensor | None = None
+    """[T] float32, log-probs of the reference policy; None without one."""
     epoch_weight: Tensor | None = None
     """[T] float32, truncated importance weight of epochs after the first; None means 1."""
 

@@ -1,22 +1,7 @@
-"""What the loss of a token is multiplied with or clipped at, fixed before a batch is split."""
+"""Mini-batches, clip ranges and epoch weights: what is fixed before a batch is split."""
 
 import torch
 from torch import Tensor
-
-
-def group_token_coefficients(response_lengths: Tensor) -> Tensor:
-    """The normaliser of Eq. 2 for every token of a group: 1 / (|D| * sum_k T_k), [P] float32.
-
-    It is computed on the whole optimizer step, over all ranks and micro-batches; the loss is then
-    a plain sum, and no way of splitting the tokens can change the gradient.
-
-    Args:
-        response_lengths: [P, G] int64, loss-bearing tokens T_k of the P prompts of ONE optimizer
-            step, so |D| = P. A group without any token gets 0 and still counts in |D|.
-    """
-    group_tokens = response_lengths.sum(dim=1).double()
-    coefficients = 1.0 / (len(response_lengths) * group_tokens.clamp(min=1.0))
-    return coefficients.masked_fill(group_tokens == 0, 0.0).float()
 
 
 def split_mini_batches(num_groups: int, mini_batches: int) -> list[range]:

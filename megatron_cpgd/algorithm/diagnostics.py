@@ -5,8 +5,9 @@
     all_reduce(statistics.maxima, MAX)
     metrics = statistics.finish()
 
-`policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old: k1 = -mean(l) is
-noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
+Clip metrics look at what the objective clips: the log-ratio of the token, of its prefix or of its
+response. `policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old: k1 =
+-mean(l) is noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_cpgd.algorithm.cpgd import MAX_LOG_RATIO, cpgd_loss, drift_weight
+from megatron_cpgd.algorithm.cpgd import drift_weight
+from megatron_cpgd.algorithm.surrogate import MAX_LOG_RATIO, Term, TokenInputs, bounded_exp
 
 MEANS = (
     "policy/clip_frac_high",  # A > 0 and l above the bound: no policy gradient
     "policy/clip_frac_low",  # A < 0 and l below the bound: no policy gradient
     "policy/clip_frac_sign_blind",  # l outside the bounds, whatever A
+    "policy/masked_frac",  # A is not 0, but there is no policy gradient
     "policy/unclipped_high_frac",  # A < 0 and l above the bound: where PPO's step explodes
     "policy/ratio_mean",
     "policy/kl_k1",
@@ -46,8 +49,8 @@ class Statistics:
     def finish(self) -> dict[str, float]:
         """The metrics by name; without any token only the loss, which is 0.
 
-        `policy/drift_grad_share` is the drift's part of sum coefficient * (|A M| + |alpha min(r -
-        1, c)|), in [0, 1]. `policy/loss` is the plain sum of `cpgd_loss`.
+        `policy/drift_grad_share` is the drift's part of sum coefficient * (|policy force| + |alpha
+        min(r - 1, c)|), in [0, 1]. `policy/loss` is the plain sum of the loss.
         """
         totals = dict(zip(TOTALS, self.totals.tolist(), strict=True))
         maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
@@ -81,52 +84,45 @@ def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
 
 @torch.no_grad()
 def token_statistics(
-    logprobs: Tensor,
+    inputs: TokenInputs,
+    term: Term,
     *,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     coefficients: Tensor,
     mask: Tensor,
     entropy: Tensor,
-    log_clip_low: Tensor | None,
-    log_clip_high: Tensor | None,
+    loss: Tensor,
     drift_coef: float,
     drift_clip: float,
 ) -> Statistics:
-    """Statistics of one micro-batch, without gradient; arguments as of `cpgd_loss`.
+    """Statistics of one micro-batch.
 
     Args:
+        inputs: what the objective read.
+        term: its policy term.
+        coefficients: [...] float32, of every token, masks and weights included.
+        mask: [...] bool, True on response tokens.
         entropy: [...] float32, entropy of pi_theta at each position, in nats.
+        loss: scalar, the loss of these tokens.
     """
     tokens = mask.nonzero(as_tuple=True)  # once: on a GPU each indexing with a bool mask waits
     if not len(tokens[0]):
-        return empty_statistics(logprobs.device)
-    loss = cpgd_loss(
-        logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        coefficients=coefficients,
-        mask=mask,
-        log_clip_low=log_clip_low,
-        log_clip_high=log_clip_high,
-        drift_coef=drift_coef,
-        drift_clip=drift_clip,
-    )
-    # Differences as the loss takes them, so that a token counts as clipped where the loss clips it.
-    log_ratio = logprobs - old_logprobs
-    above, below = (x[tokens] for x in _outside(log_ratio, log_clip_low, log_clip_high))
-    log_ratio = log_ratio[tokens].double()
-    advantage, coefficient = advantages[tokens].double(), coefficients[tokens].double()
-    clipped_high, clipped_low = above & (advantage > 0), below & (advantage < 0)
+        return empty_statistics(mask.device)
+    # In the loss's own precision, so that a token counts as clipped where the loss clips it.
+    outside = _outside(term.log_ratio, inputs.log_clip_low, inputs.log_clip_high)
+    above, below = (x[tokens] for x in outside)
+    log_ratio = inputs.log_ratio[tokens].double()
+    advantage, coefficient = inputs.advantages[tokens].double(), coefficients[tokens].double()
+    policy_force = coefficient * term.force[tokens].double().abs()
     drift = drift_weight(log_ratio, drift_clip)
-    ratio = _exp(log_ratio)
+    ratio = bounded_exp(log_ratio)
     per_token = {
         "tokens": torch.ones_like(ratio),
-        "policy_force": coefficient * advantage.abs() * ~(clipped_high | clipped_low),
+        "policy_force": policy_force,
         "drift_force": coefficient * (drift_coef * drift).abs(),
-        "policy/clip_frac_high": clipped_high,
-        "policy/clip_frac_low": clipped_low,
+        "policy/clip_frac_high": above & (advantage > 0),
+        "policy/clip_frac_low": below & (advantage < 0),
         "policy/clip_frac_sign_blind": above | below,
+        "policy/masked_frac": (advantage != 0) & (policy_force == 0),
         "policy/unclipped_high_frac": above & (advantage < 0),
         "policy/ratio_mean": ratio,
         "policy/kl_k1": -log_ratio,
@@ -134,7 +130,7 @@ def token_statistics(
         "policy/drift": drift,
         "policy/drift_capped_frac": ratio - 1 > drift_clip,
         "policy/entropy": entropy[tokens],
-        "policy/neg_logprob_mean": -logprobs[tokens],
+        "policy/neg_logprob_mean": -inputs.logprobs[tokens],
     }
     totals = {name: x.double().sum() for name, x in per_token.items()} | {
         "policy/loss": loss.double()
@@ -151,10 +147,6 @@ def _outside(log_ratio: Tensor, low: Tensor | None, high: Tensor | None) -> tupl
     above = nowhere if high is None else log_ratio > high
     below = nowhere if low is None else log_ratio < low
     return above, below
-
-
-def _exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_folder
 from megatron_cpgd.config.schema import (
+    AggregationConfig,
+    AlgorithmConfig,
     Config,
     DriftConfig,
     ExactMatchReward,
@@ -20,13 +22,19 @@ from megatron_cpgd.config.schema import (
     MathReward,
     PromptWeightConfig,
     PythonReward,
+    RejectionConfig,
 )
+
+_WITHOUT_CLIP_RANGE = ("capped_weight", "soft_gate", "probability_mask", "sequence_weight")
+"""Policy terms that do not read algorithm.clip."""
 
 
 def check_config(config: ExperimentConfig) -> list[str]:
     """Every problem of a configuration whose single settings are valid; empty if there is none."""
     return [
         *_inert_algorithm(config),
+        *_objective(config),
+        *_sampler_correction(config),
         *_inert_switches(config),
         *_batch_sizes(config),
         *_evaluations(config),
@@ -60,32 +68,101 @@ def check_passthrough(
 
 def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
     algorithm = config.algorithm
-    clips, drifts = algorithm.clip.type != "none", algorithm.drift.coef > 0
-    if algorithm.mini_batches * algorithm.epochs == 1 and (clips or drifts):
-        named = [f"algorithm.{name}" for name, on in (("clip", clips), ("drift", drifts)) if on]
-        off = ["algorithm.clip={type: none}"] * clips + ["algorithm.drift.coef=0"] * drifts
-        yield (
-            f"{' and '.join(named)} {'do' if len(named) > 1 else 'does'} nothing: with one "
-            "optimizer step per rollout the log-ratio is zero by construction; set "
-            f"algorithm.mini_batches > 1 or algorithm.epochs > 1, or {' and '.join(off)}"
-        )
-    if algorithm.epochs > 1 and not clips:
-        yield (
-            f"algorithm.epochs={algorithm.epochs}: passes after the first are weighted by the "
-            "ratio truncated to the clip range, which algorithm.clip={type: none} does not have; "
-            "set a clip or algorithm.epochs=1"
-        )
-    weight = algorithm.prompt_weight
+    drift, weight, aggregation = algorithm.drift, algorithm.prompt_weight, algorithm.aggregation
+    if algorithm.mini_batches * algorithm.epochs == 1:
+        yield from _inert_in_one_step(algorithm)
     if weight.type != "clip_filter" and _changed(weight, "max_weight", PromptWeightConfig):
         yield (
             f"algorithm.prompt_weight.max_weight={weight.max_weight} does nothing: it bounds "
             f"`clip_filter`, and algorithm.prompt_weight.type={weight.type}; remove one of them"
         )
-    drift = algorithm.drift
-    if not drifts and _changed(drift, "gradient_clip", DriftConfig):
+    if drift.coef == 0 and _changed(drift, "gradient_clip", DriftConfig):
         yield (
             f"algorithm.drift.gradient_clip={drift.gradient_clip} does nothing while "
             "algorithm.drift.coef=0; remove it or set a coef > 0"
+        )
+    summed = aggregation.type == "sequence_sum_over_length"
+    if not summed and _changed(aggregation, "length", AggregationConfig):
+        yield (
+            f"algorithm.aggregation.length={aggregation.length} does nothing: it divides "
+            f"`sequence_sum_over_length`, and algorithm.aggregation.type={aggregation.type}; "
+            "remove one of them"
+        )
+    if algorithm.clip.type != "none" and algorithm.policy.type in _WITHOUT_CLIP_RANGE:
+        yield (
+            f"algorithm.clip does nothing: algorithm.policy.type={algorithm.policy.type} has no "
+            "clip range, its bounds are settings of its own; set algorithm.clip={type: none}"
+        )
+
+
+def _inert_in_one_step(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """With a single optimizer step pi_theta is pi_old, and every term is plain policy gradient."""
+    clips, drifts = algorithm.clip.type != "none", algorithm.drift.coef > 0
+    shaped = algorithm.policy.type != "log_ratio" and not algorithm.reads_rollout_logprobs
+    if not (clips or drifts or shaped):
+        return
+    switches = (
+        ("clip", "clip={type: none}", clips),
+        ("drift", "drift.coef=0", drifts),
+        (f"policy.type={algorithm.policy.type}", "policy={type: log_ratio}", shaped),
+    )
+    named = [f"algorithm.{name}" for name, _, on in switches if on]
+    off = [f"algorithm.{setting}" for _, setting, on in switches if on]
+    yield (
+        f"{' and '.join(named)} {'do' if len(named) > 1 else 'does'} nothing: with one "
+        "optimizer step per rollout the log-ratio is zero by construction; set "
+        f"algorithm.mini_batches > 1 or algorithm.epochs > 1, or {' and '.join(off)}"
+    )
+
+
+def _objective(config: ExperimentConfig) -> Iterator[str]:
+    """What an objective needs and cannot get, and what does not go together."""
+    algorithm, rollout = config.algorithm, config.rollout
+    policy = algorithm.policy.type
+    if algorithm.epochs > 1 and policy == "log_ratio" and algorithm.clip.type == "none":
+        yield (
+            f"algorithm.epochs={algorithm.epochs}: passes after the first are weighted by the "
+            "ratio truncated to the clip range, which algorithm.clip={type: none} does not have; "
+            "set a clip or algorithm.epochs=1"
+        )
+    if algorithm.reference.coef > 0:
+        yield (
+            f"algorithm.reference.coef={algorithm.reference.coef} needs the log-probs of a "
+            "reference policy, and this version has none; set algorithm.reference.coef=0"
+        )
+    if policy == "sequence_ratio" and algorithm.clip.type == "tight_to_loose":
+        yield (
+            "algorithm.clip={type: tight_to_loose} has a range for each token, but "
+            "algorithm.policy.type=sequence_ratio clips one ratio per response; use "
+            "{type: constant}"
+        )
+    buffer = algorithm.advantage.overlong_buffer_tokens
+    if buffer is not None and buffer > rollout.max_response_tokens:
+        yield (
+            f"algorithm.advantage.overlong_buffer_tokens={buffer} must be <= "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}"
+        )
+
+
+def _sampler_correction(config: ExperimentConfig) -> Iterator[str]:
+    algorithm, rollout = config.algorithm, config.rollout
+    corrects = algorithm.correction.type != "none"
+    own = algorithm.policy.type == "joint_weight" or (
+        getattr(algorithm.policy, "anchor", "old") == "rollout"
+    )
+    rejects = algorithm.rejection != RejectionConfig()
+    if corrects and own:
+        yield (
+            f"algorithm.correction={{type: {algorithm.correction.type}}} counts the difference to "
+            f"the sampler twice: algorithm.policy.type={algorithm.policy.type} already has "
+            "pi_theta / sampler in its weight; set algorithm.correction={type: none}"
+        )
+    if (corrects or own or rejects) and (rollout.top_p < 1 or rollout.top_k != -1):
+        named = "policy" if own else "correction" if corrects else "rejection"
+        yield (
+            f"algorithm.{named} divides by the sampler's probabilities, but rollout.top_p="
+            f"{rollout.top_p} and rollout.top_k={rollout.top_k} truncate its distribution and not "
+            "the trainer's; set top_p=1 and top_k=-1"
         )
 
 
@@ -123,10 +200,20 @@ def _batch_sizes(config: ExperimentConfig) -> Iterator[str]:
             f"algorithm.mini_batches={mini_batches} must be <= "
             f"rollout.prompts_per_step={rollout.prompts_per_step}: a mini-batch holds whole groups"
         )
-    if rollout.samples_per_prompt < 2:
+    compares = (
+        config.algorithm.advantage.baseline != "none"
+        or config.algorithm.prompt_weight.type != "equal"
+    )
+    if rollout.samples_per_prompt < 2 and compares:
         yield (
             f"rollout.samples_per_prompt={rollout.samples_per_prompt} must be >= 2: an advantage "
             "is centred in its group, so a single response always has advantage 0"
+        )
+    if rollout.prompts_per_step < 2 and config.algorithm.prompt_weight.type == "clip_filter":
+        yield (
+            f"rollout.prompts_per_step={rollout.prompts_per_step}: algorithm.prompt_weight.type="
+            "clip_filter compares the prompts of a batch and is always 1 for a single one; sample "
+            "more prompts or use equal"
         )
 
 

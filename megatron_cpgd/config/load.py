@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_cpgd.config.checks import check_config
+from megatron_cpgd.config.merge import merge
 from megatron_cpgd.config.messages import Problem, dotted, explain
-from megatron_cpgd.config.reference import sections, tag
-from megatron_cpgd.config.schema import Config, ExperimentConfig
+from megatron_cpgd.config.schema import AlgorithmConfig, ExperimentConfig
 from megatron_cpgd.config.yaml_io import format_yaml, parse_yaml, read_yaml
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
@@ -63,18 +63,6 @@ def format_config(config: ExperimentConfig) -> str:
     return format_yaml(config.model_dump(mode="json"))
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`over` laid over `base`: mappings merge key by key, anything else is replaced.
-
-    A section that changes its `type` starts anew: settings of one variant mean nothing to another.
-    """
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    if "type" in base and "type" in over and base["type"] != over["type"]:
-        return over
-    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
-
-
 def _refuse(path: Path, problems: list[str], cause: Exception | None = None) -> None:
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -82,20 +70,12 @@ def _refuse(path: Path, problems: list[str], cause: Exception | None = None) -> 
 
 
 def _read_layers(path: Path, overrides: Sequence[str]) -> Any:
-    # The default variant of a union, so that `algorithm.clip.low=0.1` needs no type beside it.
-    data = merge(_default_types(ExperimentConfig), _read_file(path, ()))
-    return merge(data, _parse_overrides(overrides))
-
-
-def _default_types(section: type[Config]) -> dict[str, Any]:
-    types: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        options = sections(field.annotation)
-        if len(options) > 1 and not field.is_required():
-            types[name] = {"type": tag(type(field.default))}
-        elif len(options) == 1 and (inner := _default_types(options[0])):
-            types[name] = inner
-    return types
+    file, given = _read_file(path, ()), _parse_overrides(overrides)
+    algorithm = merge(file, given).get("algorithm")
+    if not isinstance(algorithm, dict):
+        return merge(file, given)
+    # Below the file, not only in the schema: so the overrides meet the `type` of every union.
+    return merge(merge({"algorithm": AlgorithmConfig.below(algorithm)}, file), given)
 
 
 def _read_file(path: Path, inside: tuple[Path, ...]) -> dict[Any, Any]:

@@ -121,17 +121,33 @@ def unpack_tokens(values: Tensor, micro_batch: MicroBatch) -> dict[int, Tensor]:
     """
     shape = micro_batch.input_ids.shape
     assert values.shape == shape, f"values {tuple(values.shape)} is not {tuple(shape)}"
+    flat, mask = values.reshape(-1), micro_batch.loss_mask.reshape(-1).to(values.device)
+    spans = zip(micro_batch.indices, _spans(micro_batch), strict=True)
+    return {index: flat[own][mask[own]] for index, own in spans if index >= 0}
+
+
+def sequence_index(micro_batch: MicroBatch) -> Tensor:
+    """[B, S] int64: the number within the micro-batch of each response token's sequence, else -1.
+
+    Placed like `loss_mask`, ascending in row-major order.
+    """
+    index = torch.full(micro_batch.input_ids.shape, -1)
+    for number, own in enumerate(_spans(micro_batch)):
+        index.view(-1)[own] = number
+    return index.masked_fill(~micro_batch.loss_mask, -1)
+
+
+def _spans(micro_batch: MicroBatch) -> list[slice]:
+    """The real tokens of each contained sequence in the flattened batch, filling included."""
+    shape = micro_batch.input_ids.shape
     if micro_batch.cu_seqlens is None:
         starts = list(range(0, shape.numel(), shape[1]))
     else:
         starts = micro_batch.cu_seqlens[:-1]
-    flat, mask = values.reshape(-1), micro_batch.loss_mask.reshape(-1).to(values.device)
-    unpacked = {}
-    for index, start, length in zip(micro_batch.indices, starts, micro_batch.lengths, strict=True):
-        own = slice(start, start + length)
-        if index >= 0:
-            unpacked[index] = flat[own][mask[own]]
-    return unpacked
+    return [
+        slice(start, start + length)
+        for start, length in zip(starts, micro_batch.lengths, strict=True)
+    ]
 
 
 def _place(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_cpgd.algorithm.sequences import Sequences
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.data.packing import unpack_tokens
 from megatron_cpgd.policy import device
@@ -35,6 +36,7 @@ from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.schedule import (
     LocalTokens,
     Schedule,
+    batch_sequences,
     local_positions,
     plan_rank_micro_batches,
     run_schedule,
@@ -48,11 +50,14 @@ from megatron_cpgd.weights.table import WeightTable
 class TokenLoss[S](Protocol):
     """An objective as the policy sees it: a plain sum over tokens, and statistics that add up."""
 
-    def loss(self, logprobs: Tensor, tokens: LocalTokens) -> Tensor:
-        """Scalar sum over tokens["loss_mask"]; differentiable also when the mask is empty."""
+    def evaluate(
+        self, logprobs: Tensor, entropy: Tensor, tokens: LocalTokens, sequences: Sequences
+    ) -> tuple[Tensor, S]:
+        """Scalar sum over tokens["loss_mask"], and statistics of the same tokens.
 
-    def statistics(self, logprobs: Tensor, entropy: Tensor, tokens: LocalTokens) -> S:
-        """Statistics of the same tokens, without gradient."""
+        The sum is differentiable also when the mask is empty. All ranks of a context-parallel group
+        call this together, on the same micro-batch.
+        """
 
     def reduce(self, parts: list[S], all_reduce: Callable[[Tensor, Any], None]) -> dict[str, float]:
         """Metrics over all parts of all ranks; `all_reduce(tensor, op)` works in place."""
@@ -140,7 +145,9 @@ class Policy:
         _all_reduce(flat, dist.ReduceOp.SUM)
         return list(flat.split([sequence.response_length for sequence in sequences]))
 
-    def train_step[S](self, sequences: Sequence[LossSequence], loss: TokenLoss[S]) -> StepResult:
+    def train_step[S](
+        self, sequences: Sequence[LossSequence], objective: TokenLoss[S]
+    ) -> StepResult:
         """One optimizer step on one mini-batch, the same list on every rank.
 
         A loss or gradient that is not finite leaves weights and optimizer state untouched.
@@ -152,13 +159,13 @@ class Policy:
         def compute(
             batch: MicroBatch, tokens: LocalTokens, logprobs: Tensor, entropy: Tensor
         ) -> tuple[Tensor, S]:
-            value = loss.loss(logprobs, tokens)
-            return value, loss.statistics(logprobs.detach(), entropy.detach(), tokens)
+            sequences = batch_sequences(batch, self.info)
+            return objective.evaluate(logprobs, entropy.detach(), tokens, sequences)
 
         zero_gradients(self._models, self._optimizer)
         parts = run_schedule(self._schedule, micro_batches, compute, forward_only=False)
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
-        metrics = loss.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
+        metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps)
         set_learning_rate(self._optimizer, self._optim, lr)
         grad_norm = gradient_norm(self._optimizer)

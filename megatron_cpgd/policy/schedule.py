@@ -7,11 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_cpgd.data.packing import build_micro_batch, micro_batch_shape
+from megatron_cpgd.algorithm.sequences import Sequences, one_rank_sequences
+from megatron_cpgd.data.packing import build_micro_batch, micro_batch_shape, sequence_index
 from megatron_cpgd.data.plan import BatchFormat, plan_micro_batches
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.context_parallel import packed_rank_positions, rank_positions
@@ -138,6 +141,23 @@ def local_positions(batch: MicroBatch, info: ParallelInfo) -> Tensor:
     if batch.cu_seqlens is not None:
         return packed_rank_positions(batch.cu_seqlens, rank=info.cp_rank, size=info.cp_size)
     return rank_positions(batch.input_ids.size(1), rank=info.cp_rank, size=info.cp_size)
+
+
+def batch_sequences(batch: MicroBatch, info: ParallelInfo) -> Sequences:
+    """The responses of a micro-batch across the context-parallel ranks that share it."""
+    index = sequence_index(batch).to(device.current())
+    if info.cp_size == 1:
+        return one_rank_sequences(index)
+    positions = local_positions(batch, info).to(index.device)
+
+    def gather(values: Tensor) -> Tensor:
+        # Every position has one owner: a sum with zeros brings it to all ranks bit by bit.
+        whole = torch.zeros(index.shape, dtype=values.dtype, device=values.device)
+        whole[:, positions] = values.detach()
+        dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+        return whole
+
+    return Sequences(index=index, gather=gather, take=lambda whole: whole[:, positions])
 
 
 def _local_tokens(batch: MicroBatch, info: ParallelInfo) -> LocalTokens:

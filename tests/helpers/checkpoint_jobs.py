@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_cpgd.algorithm.objective import CpgdObjective
+from megatron_cpgd.algorithm.objective import Objective
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.types import LossSequence
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
@@ -36,9 +36,10 @@ def continue_job(
     }
 
 
-class _BrokenObjective(CpgdObjective):
-    def loss(self, logprobs: torch.Tensor, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().loss(logprobs, tokens) * torch.nan
+class _BrokenObjective(Objective):
+    def evaluate(self, *args: Any) -> Any:
+        loss, statistics = super().evaluate(*args)
+        return loss * torch.nan, statistics
 
 
 def broken_step_job(
@@ -46,7 +47,7 @@ def broken_step_job(
 ) -> list[str | None]:
     """A step with a gradient of NaN between two good ones; weights around the broken one."""
     policy = build_policy(config)
-    broken = _BrokenObjective(drift_coef=0.1, drift_clip=2.0)
+    broken = _BrokenObjective(config=OBJECTIVE.config)
     skipped = [policy.train_step(sequences, OBJECTIVE).skipped]
     write_weights(policy, before)
     skipped.append(policy.train_step(sequences, broken).skipped)
@@ -55,14 +56,14 @@ def broken_step_job(
     return skipped
 
 
-class _PoisonedRank(CpgdObjective):
+class _PoisonedRank(Objective):
     """One rank's first gradient becomes NaN: before the replicas' sum where it computes a loss."""
 
     __slots__ = ("policy", "rank")
 
-    def statistics(self, *args: Any) -> Any:
+    def evaluate(self, *args: Any) -> Any:
         self._poison()
-        return super().statistics(*args)
+        return super().evaluate(*args)
 
     def reduce(self, *args: Any) -> dict[str, float]:
         self._poison()
@@ -78,7 +79,7 @@ def poisoned_rank_job(
 ) -> list[str | None]:
     """A good step, one in which a single rank has a gradient of NaN, and a good one again."""
     policy = build_policy(config)
-    poisoned = _PoisonedRank(drift_coef=0.1, drift_clip=2.0)
+    poisoned = _PoisonedRank(config=OBJECTIVE.config)
     object.__setattr__(poisoned, "policy", policy)
     object.__setattr__(poisoned, "rank", rank)
     skipped = [policy.train_step(sequences, OBJECTIVE).skipped]

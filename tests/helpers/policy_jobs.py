@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from megatron_cpgd.algorithm.objective import CpgdObjective
-from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.algorithm.objective import Objective
+from megatron_cpgd.config.schema import AlgorithmConfig, ExperimentConfig
 from megatron_cpgd.policy.parallel import init_model_parallel
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.types import LossSequence
@@ -14,7 +14,7 @@ from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
 from megatron_cpgd.weights.tensor_file import TensorFile
 
-OBJECTIVE = CpgdObjective(drift_coef=0.1, drift_clip=2.0)
+OBJECTIVE = Objective(config=AlgorithmConfig.model_validate({"drift": {"coef": 0.1}}))
 
 
 def build_policy(config: ExperimentConfig) -> Policy:
@@ -43,12 +43,16 @@ def logprobs_job(config: ExperimentConfig, sequences: list[LossSequence]) -> lis
 
 
 def train_job(
-    config: ExperimentConfig, sequences: list[LossSequence], weights: Path, steps: int = 3
+    config: ExperimentConfig,
+    sequences: list[LossSequence],
+    weights: Path,
+    steps: int = 3,
+    objective: Objective = OBJECTIVE,
 ) -> dict[str, Any]:
     """Log-probs before, then `steps` Adam steps; the final HF tensors go to `weights`."""
     policy = build_policy(config)
     logprobs = policy.compute_logprobs(sequences)
-    results = [policy.train_step(sequences, OBJECTIVE) for _ in range(steps)]
+    results = [policy.train_step(sequences, objective) for _ in range(steps)]
     write_weights(policy, weights)
     return {
         "logprobs": torch.cat(logprobs),

@@ -10,10 +10,12 @@ import torch
 import yaml
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
-from megatron_cpgd.algorithm.diagnostics import token_statistics
+from megatron_cpgd.algorithm.correction import correction_metrics
 from megatron_cpgd.algorithm.mismatch import compute_mismatch
+from megatron_cpgd.algorithm.objective import build_objective
+from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.config.schema import AlgorithmConfig
+from megatron_cpgd.config.schema import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.rewards.base import RewardResult
 from megatron_cpgd.sampler import ScoredBatch, batch_metrics
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
@@ -62,10 +64,11 @@ def test_every_metric_is_described_once_and_no_other() -> None:
 
 def test_the_scan_finds_every_name_that_a_step_returns() -> None:
     one = torch.ones(1)
-    statistics = token_statistics(
-        one, old_logprobs=one, advantages=one, coefficients=one, mask=one.bool(), entropy=one,
-        log_clip_low=None, log_clip_high=None, drift_coef=0.1, drift_clip=2.0,
-    )  # fmt: skip
+    tokens = dict.fromkeys(("old_logprobs", "advantages", "coefficients"), one)
+    _, statistics = build_objective(AlgorithmConfig()).evaluate(
+        one, one, tokens | {"loss_mask": one.bool()}, one_rank_sequences(0 * one.long())
+    )
+    correction = correction_metrics([one], NoCorrection(), RejectionConfig(veto=0.1))
     rollout = Rollout(token_ids=[5], logprobs=[0.0], finish_reason="stop", weight_version=0)
     prompt = Prompt(id="train:0", token_ids=[1], text="1+1=", answer="2")
     batch = ScoredBatch(
@@ -75,7 +78,9 @@ def test_the_scan_finds_every_name_that_a_step_returns() -> None:
             torch.tensor([[0.0, 1.0]]), prompt_weight="equal", max_weight=3.0
         ),
     )
-    returned = {*statistics.finish(), *batch_metrics(batch), *compute_mismatch(one, one)}
+    returned = {
+        *statistics.finish(), *batch_metrics(batch), *compute_mismatch(one, one), *correction
+    }  # fmt: skip
     assert returned - {"reward/math_mean"} <= metrics_in_code()
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages
+from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages, overlong_penalty
 
 # Multiples of 1/8: sums, means over 4 and shifts are exact, so equal rewards stay equal.
 GROUPS = st.lists(
@@ -15,9 +15,9 @@ GROUPS = st.lists(
 )
 
 
-def advantages(rewards, prompt_weight="equal", max_weight=3.0) -> Advantages:
+def advantages(rewards, prompt_weight="equal", max_weight=3.0, **options) -> Advantages:
     return compute_advantages(
-        torch.as_tensor(rewards), prompt_weight=prompt_weight, max_weight=max_weight
+        torch.as_tensor(rewards), prompt_weight=prompt_weight, max_weight=max_weight, **options
     )
 
 
@@ -140,3 +140,57 @@ def test_std_advantages_have_standard_deviation_one(rewards):
     result = advantages(rewards, "std")
     expected = (~result.zero_variance).float()
     torch.testing.assert_close(result.values.std(dim=1), expected)
+
+
+def test_leave_one_out_compares_with_the_others():
+    # others' means of 1, 0, 0.5: .25, .75, .5
+    result = advantages([[1.0, 0.0, 0.5], [2.0, 2.0, 2.0]], baseline="leave_one_out")
+    torch.testing.assert_close(result.values, torch.tensor([[0.75, -0.75, 0.0], [0.0] * 3]))
+
+
+def test_without_baseline_the_advantage_is_the_reward_also_of_a_single_response():
+    result = advantages([[1.0], [0.5]], baseline="none")
+    assert result.values.tolist() == [[1.0], [0.5]]
+
+
+def test_whitening_counts_every_token():
+    # centred 1, -1 with 3 tokens and 1 token: mean .5; squares 3 * .25 + 2.25 = 3, over 3 tokens: 1
+    lengths = torch.tensor([[3, 1]])
+    result = advantages([[2.0, 0.0]], whiten_lengths=lengths)
+    torch.testing.assert_close(result.values, torch.tensor([[0.5, -1.5]]))
+
+
+def test_whitening_makes_the_advantages_of_equal_rewards_differ_from_zero():
+    # centred 1, -1 | 0, 0 with tokens 2, 1 | 1, 0: mean 1/4
+    lengths = torch.tensor([[2, 1], [1, 0]])
+    result = advantages([[2.0, 0.0], [1.0, 1.0]], whiten_lengths=lengths)
+    assert result.values[1, 0].item() < -0.1 and result.zero_variance.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("lengths", [[[0, 0]], [[1, 0]]])
+def test_fewer_than_two_tokens_are_not_whitened(lengths):
+    result = advantages([[2.0, 0.0]], whiten_lengths=torch.tensor(lengths))
+    assert result.values.tolist() == [[1.0, -1.0]]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-8, 8), st.integers(-8, 8), st.integers(0, 5), st.integers(1, 5)),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens(rows):
+    rewards = torch.tensor([[a, b] for a, b, _, _ in rows]).float()
+    lengths = torch.tensor([[n, m] for _, _, n, m in rows])
+    result = advantages(rewards, whiten_lengths=lengths)
+    tokens = result.values.flatten().repeat_interleave(lengths.flatten()).double()
+    assert tokens.mean().item() == pytest.approx(0.0, abs=1e-5)
+    variance = tokens.var().item()
+    assert variance == pytest.approx(1.0, abs=1e-4) or tokens.abs().max() < 1e-3
+
+
+def test_overlong_penalty_falls_linearly_over_the_buffer():
+    # max 20, buffer 4: 0 up to 16, -1/4 a token, -1 at 20
+    penalty = overlong_penalty(torch.tensor([3, 16, 17, 20]), max_tokens=20, buffer_tokens=4)
+    assert penalty.tolist() == [0.0, 0.0, -0.25, -1.0]

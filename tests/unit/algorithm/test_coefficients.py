@@ -6,36 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpgd.algorithm.coefficients import (
-    group_token_coefficients,
     log_clip_bounds,
     split_mini_batches,
     truncated_epoch_weight,
 )
-
-
-def test_the_coefficient_is_one_over_prompts_times_group_tokens():
-    # |D| = 2; group tokens 3 + 5 = 8 and 1 + 1 = 2: 1 / 16 and 1 / 4
-    coefficients = group_token_coefficients(torch.tensor([[3, 5], [1, 1]]))
-    assert coefficients.tolist() == [1 / 16, 1 / 4]
-    assert coefficients.dtype == torch.float32
-
-
-def test_an_empty_response_is_harmless_and_an_empty_group_still_counts_as_a_prompt():
-    # |D| = 3: 1 / (3 * 4), nothing, 1 / (3 * 1)
-    coefficients = group_token_coefficients(torch.tensor([[4, 0], [0, 0], [0, 1]]))
-    assert coefficients.tolist() == pytest.approx([1 / 12, 0.0, 1 / 3])
-
-
-def test_a_batch_of_empty_responses_has_zero_coefficients():
-    assert group_token_coefficients(torch.zeros(2, 3, dtype=torch.int64)).tolist() == [0.0, 0.0]
-
-
-@given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=6))
-def test_coefficients_over_all_tokens_sum_to_the_share_of_groups_with_tokens(lengths):
-    lengths = torch.tensor(lengths)
-    tokens = lengths.sum(dim=1)
-    total = (group_token_coefficients(lengths) * tokens).sum().item()
-    assert total == pytest.approx((tokens > 0).float().mean().item())
 
 
 def test_mini_batches_are_contiguous_and_nearly_equal():

@@ -7,15 +7,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
-from megatron_cpgd.algorithm.coefficients import (
-    group_token_coefficients,
-    log_clip_bounds,
-    truncated_epoch_weight,
-)
-from megatron_cpgd.algorithm.cpgd import cpgd_loss, cpgd_terms
+from megatron_cpgd.algorithm.aggregation import response_coefficients
+from megatron_cpgd.algorithm.coefficients import log_clip_bounds, truncated_epoch_weight
+from megatron_cpgd.algorithm.cpgd import drift_weight, log_ratio_term
+from megatron_cpgd.algorithm.objective import Objective
+from megatron_cpgd.algorithm.sequences import one_rank_sequences
+from megatron_cpgd.algorithm.surrogate import TokenInputs
+from megatron_cpgd.config.schema import AlgorithmConfig
 
 LOW, HIGH = torch.tensor(0.8).log(), torch.tensor(1.2).log()
 ALPHA, CAP = 0.01, 2.0
+
+
+def cpgd_loss(logprobs, *, drift_coef, drift_clip, mask, **tensors):
+    """The loss of the objective `cpgd`; `tensors` as `build_loss_sequences` names them."""
+    drift = {"coef": drift_coef, "gradient_clip": drift_clip}
+    objective = Objective(config=AlgorithmConfig.model_validate({"drift": drift}))
+    tokens = {name: x for name, x in tensors.items() if x is not None} | {"loss_mask": mask}
+    index = torch.where(mask, 0, -1)
+    loss, _ = objective.evaluate(
+        logprobs, torch.zeros_like(logprobs), tokens, one_rank_sequences(index)
+    )
+    return loss
 
 
 def gradient(
@@ -86,30 +99,29 @@ def loss_and_gradient(batch):
 )
 def test_policy_term_is_the_smaller_of_the_two_products(ratio, advantage, phi):
     old = torch.tensor([-1.0])
-    terms = cpgd_terms(
-        old + math.log(ratio),
-        old,
-        torch.tensor([advantage]),
-        log_clip_low=LOW,
-        log_clip_high=HIGH,
-        drift_clip=CAP,
+    term = log_ratio_term(
+        TokenInputs(
+            logprobs=old + math.log(ratio),
+            old_logprobs=old,
+            advantages=torch.tensor([advantage]),
+            log_clip_low=LOW,
+            log_clip_high=HIGH,
+        )
     )
-    assert terms.policy.item() == pytest.approx(phi, abs=1e-6)
+    assert term.value.item() == pytest.approx(-phi, abs=1e-6)
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(1.5, 0.5), (0.5, -0.5), (3.0, 2.0), (5.0, 2.0)])
 def test_drift_term_is_the_capped_ratio_difference_times_the_logprob(ratio, weight):
     # c = 2: the weight r - 1 stops growing at r = 3
+    assert drift_weight(torch.tensor(ratio).log(), 2.0).item() == pytest.approx(weight)
     logprobs = torch.tensor([-0.5])
-    terms = cpgd_terms(
-        logprobs,
-        logprobs - math.log(ratio),
-        torch.zeros(1),
-        log_clip_low=None,
-        log_clip_high=None,
-        drift_clip=2.0,
-    )
-    assert terms.drift.item() == pytest.approx(weight * -0.5)
+    one = torch.ones(1)
+    loss = cpgd_loss(
+        logprobs, old_logprobs=logprobs - math.log(ratio), advantages=0 * one, coefficients=one,
+        mask=one > 0, drift_coef=1.0, drift_clip=2.0,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(weight * -0.5)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +169,19 @@ def test_a_log_ratio_exactly_at_the_bound_is_inside(bound_dims):
 
 def test_products_that_round_to_one_number_do_not_split_the_gradient():
     # One float32 step above the bound; A is so small that l * A and bound * A are the same number.
-    logprobs = torch.nextafter(HIGH, torch.tensor(1.0)).reshape(1).requires_grad_()
+    logprobs = torch.nextafter(HIGH, torch.tensor(1.0)).reshape(1)
     advantages = torch.tensor([1e-44])
     assert (logprobs * advantages).item() == (HIGH * advantages).item() > 0
-    terms = cpgd_terms(
-        logprobs,
-        torch.zeros(1),
-        advantages,
-        log_clip_low=LOW,
-        log_clip_high=HIGH,
-        drift_clip=None,
+    term = log_ratio_term(
+        TokenInputs(
+            logprobs=logprobs,
+            old_logprobs=torch.zeros(1),
+            advantages=advantages,
+            log_clip_low=LOW,
+            log_clip_high=HIGH,
+        )
     )
-    terms.policy.sum().backward()
-    assert logprobs.grad.item() == 0.0
+    assert term.force.item() == 0.0
 
 
 def test_tight_to_loose_clips_the_same_ratio_early_but_not_late():
@@ -203,13 +215,15 @@ def test_loss_value_is_the_plain_weighted_sum():
     advantages = compute_advantages(
         torch.tensor([[1.0, 0.0], [1.0, 1.0]]), prompt_weight="equal", max_weight=3.0
     ).values
-    coefficients = group_token_coefficients(lengths)[:, None].expand(2, 2)
+    coefficients = response_coefficients(
+        lengths.flatten(), torch.tensor([0, 0, 1, 1]), "group_token_mean"
+    )
     logprobs = torch.full((4,), -1.0)
     loss = cpgd_loss(
         logprobs,
         old_logprobs=logprobs - torch.tensor([1.5, 1.1, 0.5, 2.0]).log(),
         advantages=advantages.flatten().repeat_interleave(lengths.flatten()),
-        coefficients=coefficients.flatten().repeat_interleave(lengths.flatten()),
+        coefficients=coefficients.repeat_interleave(lengths.flatten()),
         mask=torch.ones(4, dtype=torch.bool),
         log_clip_low=LOW,
         log_clip_high=HIGH,
@@ -271,13 +285,6 @@ def test_all_methods_have_the_same_gradient_at_ratio_one():
 
 def test_without_drift_a_clipped_token_has_no_gradient_at_all():
     assert gradient([1.5, 0.5], [1.0, -1.0], drift_coef=0.0).tolist() == [0.0, 0.0]
-
-
-def test_without_drift_the_drift_is_not_computed(monkeypatch):
-    monkeypatch.setattr("megatron_cpgd.algorithm.cpgd.drift_weight", None)
-    gradient([1.5], 1.0, drift_coef=0.0)
-    with pytest.raises(TypeError):
-        gradient([1.5], 1.0)
 
 
 def test_without_clip_the_policy_gradient_is_minus_the_advantage_everywhere():
@@ -343,28 +350,12 @@ def test_a_bad_number_inside_the_mask_is_not_hidden():
 @pytest.mark.parametrize(("log_ratio", "weight"), [(200.0, math.expm1(20.0)), (-200.0, -1.0)])
 def test_an_extreme_log_ratio_gives_a_finite_drift_even_without_cap(log_ratio, weight):
     # e^200 is inf in float32; the log-ratio is cut at 20
-    terms = cpgd_terms(
-        torch.tensor([-1.0]),
-        torch.tensor([-1.0 - log_ratio]),
-        torch.zeros(1),
-        log_clip_low=None,
-        log_clip_high=None,
-        drift_clip=math.inf,
-    )
-    assert terms.drift.item() == pytest.approx(-weight)
+    assert drift_weight(torch.tensor([log_ratio]), math.inf).item() == pytest.approx(weight)
 
 
 def test_the_drift_of_a_tiny_step_keeps_its_digits_in_float32():
     # exp(l) - 1 has a resolution of 6e-8 near 1 and would give 5.96e-8 or 1.19e-7 here
-    terms = cpgd_terms(
-        torch.tensor([1e-7]),
-        torch.zeros(1),
-        torch.zeros(1),
-        log_clip_low=None,
-        log_clip_high=None,
-        drift_clip=CAP,
-    )
-    assert terms.drift.item() / 1e-7 == pytest.approx(1e-7, rel=1e-5)
+    assert drift_weight(torch.tensor([1e-7]), CAP).item() / 1e-7 == pytest.approx(1.0, rel=1e-5)
 
 
 def test_only_the_live_logprobs_receive_a_gradient():

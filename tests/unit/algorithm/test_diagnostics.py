@@ -6,14 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpgd.algorithm.cpgd import cpgd_loss
 from megatron_cpgd.algorithm.diagnostics import (
     MAXIMA,
     TOTALS,
     empty_statistics,
     merge_statistics,
-    token_statistics,
 )
+from megatron_cpgd.algorithm.objective import Objective
+from megatron_cpgd.algorithm.sequences import one_rank_sequences
+from megatron_cpgd.config.schema import AlgorithmConfig
 
 SETTINGS = {
     "log_clip_low": torch.tensor(0.8).log(),
@@ -54,8 +55,19 @@ def random_batch(seed, size=30):
     }
 
 
+def evaluate(batch, **settings):
+    """(loss, statistics) of CPGD."""
+    settings = SETTINGS | settings
+    drift = {"coef": settings.pop("drift_coef"), "gradient_clip": settings.pop("drift_clip")}
+    objective = Objective(config=AlgorithmConfig.model_validate({"drift": drift}))
+    tokens = {n: x for n, x in (batch | settings).items() if x is not None}
+    logprobs, entropy, mask = (tokens.pop(n) for n in ("logprobs", "entropy", "mask"))
+    sequences = one_rank_sequences(torch.where(mask, 0, -1))
+    return objective.evaluate(logprobs, entropy, tokens | {"loss_mask": mask}, sequences)
+
+
 def statistics(batch, **settings):
-    return token_statistics(**batch, **(SETTINGS | settings))
+    return evaluate(batch, **settings)[1]
 
 
 def test_every_metric_of_a_worked_example():
@@ -67,6 +79,7 @@ def test_every_metric_of_a_worked_example():
         "policy/clip_frac_high": 1 / 4,  # token 1
         "policy/clip_frac_low": 1 / 4,  # token 2
         "policy/clip_frac_sign_blind": 3 / 4,
+        "policy/masked_frac": 2 / 4,  # tokens 1 and 2; token 4 has no advantage
         "policy/unclipped_high_frac": 1 / 4,  # token 3
         "policy/ratio_mean": 7 / 4,
         "policy/ratio_max": 4.0,
@@ -88,9 +101,8 @@ def test_every_metric_of_a_worked_example():
 
 def test_the_loss_is_the_one_that_was_trained_on():
     batch = random_batch(0)
-    inputs = {n: x for n, x in batch.items() if n != "entropy"}
-    loss = cpgd_loss(**inputs, **SETTINGS)
-    assert statistics(batch).finish()["policy/loss"] == loss.item()
+    loss, parts = evaluate(batch)
+    assert parts.finish()["policy/loss"] == loss.item()
 
 
 @pytest.mark.parametrize(("advantage", "side"), [(1.0, "high"), (-1.0, "low")])

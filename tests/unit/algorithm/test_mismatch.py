@@ -16,6 +16,12 @@ def test_mismatch_by_hand():
             "rollout/logprob_abs_diff_max": 0.4,
             "rollout/kl_k1": -0.4 / 4,
             "rollout/kl_k3": sum(math.expm1(d) - d for d in (0.1, -0.1, 0.0, 0.4)) / 4,
+            "rollout/prob_error": (2 * math.exp(0.1) + 1 + math.exp(0.4)) / 4,
+            "rollout/chi2": sum(map(math.exp, (0.2, -0.2, 0.0, 0.8))) / 4 - 1,
+            "rollout/ess": sum(map(math.exp, (0.1, -0.1, 0.0, 0.4))) ** 2
+            / (4 * sum(map(math.exp, (0.2, -0.2, 0.0, 0.8)))),
+            "rollout/is_ratio_max": math.exp(0.4),
+            "rollout/is_ratio_min": math.exp(-0.1),
         },
         rel=1e-5,
     )

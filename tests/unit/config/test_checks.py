@@ -17,6 +17,9 @@ def test_a_valid_configuration_has_no_problem(run_yaml):
 ONE_STEP = "algorithm.mini_batches=1"
 NO_CLIP = "algorithm.clip={type: none}"
 NO_DRIFT = "algorithm.drift.coef=0"
+CLIP = "algorithm.clip={type: constant}"
+TIS = "algorithm.correction={type: truncate}"
+MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,39 @@ NO_DRIFT = "algorithm.drift.coef=0"
         ),
         (["rollout.prompts_per_step=3"], "algorithm.mini_batches=4 must be <= rollout.prompts_per"),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt=1 must be >= 2"),
+        (
+            [ONE_STEP, NO_DRIFT, NO_CLIP, "algorithm.policy={type: soft_gate}"],
+            "algorithm.policy.type=soft_gate does nothing: with one optimizer step",
+        ),
+        (
+            ["algorithm.preset=cispo", CLIP],
+            "algorithm.clip does nothing: algorithm.policy",
+        ),
+        (["algorithm.aggregation.length=7"], "algorithm.aggregation.length=7 does nothing"),
+        (["algorithm.reference.coef=0.04"], "algorithm.reference.coef=0.04 needs the log-probs"),
+        (
+            ["algorithm.preset=gspo", "algorithm.clip={type: tight_to_loose}"],
+            "algorithm.clip={type: tight_to_loose} has a range for each token",
+        ),
+        (
+            ["algorithm.preset=minirl", "algorithm.correction={type: truncate}"],
+            "algorithm.correction={type: truncate} counts the difference to the sampler twice",
+        ),
+        (
+            ["algorithm.preset=vespo", "algorithm.policy.anchor=rollout", TIS],
+            "algorithm.correction={type: truncate} counts",
+        ),
+        (["algorithm.preset=minirl", "rollout.top_p=0.9"], "algorithm.policy divides by the samp"),
+        ([TIS, "rollout.top_k=20"], "algorithm.correction divides by the sampler's"),
+        (["algorithm.rejection.veto=1e-4", "rollout.top_k=20"], "algorithm.rejection divides by"),
+        (
+            ["algorithm.advantage.overlong_buffer_tokens=5000"],
+            "algorithm.advantage.overlong_buffer_tokens=5000 must be <= rollout.max_response",
+        ),
+        (
+            ["algorithm.prompt_weight.type=clip_filter", "rollout.prompts_per_step=1", MANY_EPOCHS],
+            "rollout.prompts_per_step=1: algorithm.prompt_weight.type=clip_filter compares",
+        ),
         (["data.answer_key=null"], "rewards.functions.0: type math needs the ground truth"),
         (
             ["rewards.functions=[{type: format, pattern: '('}]"],
@@ -78,6 +114,11 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         [ONE_STEP, NO_CLIP, NO_DRIFT],
         [ONE_STEP, "algorithm.epochs=2"],
         ["algorithm.prompt_weight={type: clip_filter, max_weight: 2}"],
+        [ONE_STEP, NO_CLIP, NO_DRIFT, "algorithm.policy={type: joint_weight}"],
+        ["algorithm.preset=grpo", "algorithm.epochs=2", NO_CLIP],
+        ["algorithm.preset=reinforce_pp", "rollout.samples_per_prompt=1"],
+        ["algorithm.preset=dr_grpo", "algorithm.aggregation.length=7"],
+        [TIS, "algorithm.rejection={veto: 1e-4, geometric_low: 0.99, geometric_high: 1.01}"],
         ["rollout.logprob_diff_limit=0.1"],
         ["parallel.pp=2", "parallel.vpp=3"],  # 6 layers
         ["optim.schedule=linear", "optim.min_lr=1e-7"],

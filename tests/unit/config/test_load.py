@@ -5,7 +5,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_cpgd.config.load import load_config, merge, read_config, save_config
+from megatron_cpgd.config.load import load_config, read_config, save_config
+from megatron_cpgd.config.merge import merge
 from megatron_cpgd.config.schema import ConstantClip, NoClip, TightToLooseClip
 from megatron_cpgd.errors import ConfigError
 
@@ -225,3 +226,8 @@ def test_merge_leaves_its_arguments_alone():
     base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
     assert merge(base, over) == {"a": {"b": 1, "c": 2}}
     assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+def test_an_override_of_the_type_drops_what_the_file_says_about_the_default_variant(run_yaml):
+    top = write(run_yaml.parent / "top.yaml", "defaults: [run.yaml]\nalgorithm: {clip: {low: 0.1}}")
+    assert load_config(top, ["algorithm.clip={type: none}"]).algorithm.clip == NoClip(type="none")

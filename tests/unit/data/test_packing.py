@@ -3,7 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpgd.data.packing import build_micro_batch, micro_batch_shape, unpack_tokens
+from megatron_cpgd.data.packing import (
+    build_micro_batch,
+    micro_batch_shape,
+    sequence_index,
+    unpack_tokens,
+)
 from megatron_cpgd.data.plan import plan_micro_batches
 from megatron_cpgd.types import LossSequence
 
@@ -203,3 +208,20 @@ def test_common_shape_is_the_smallest_that_fits():
     assert (packed.length, packed.rows) == (8, 1)
     padded = micro_batch_shape(plan, lengths, format="padded", align=2)
     assert (padded.length, padded.rows) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("packed", [[0, 0, -1, -1, -1, -1, 2, 2, -1]]),  # B of 3, EMPTY of 2, A of 4
+        ("padded", [[0, 0, -1, -1], [-1] * 4, [-1, 2, 2, -1]]),
+    ],
+)
+def test_sequence_index_counts_the_sequences_of_the_micro_batch(format, expected):
+    batch = build_micro_batch([A, B, EMPTY], [1, 2, 0], format=format, tensor_names=["w"])
+    assert sequence_index(batch).tolist() == expected
+
+
+def test_filling_belongs_to_no_sequence():
+    batch = build_micro_batch([], [], format="padded", tensor_names=[], rows=2)
+    assert sequence_index(batch).tolist() == [[-1], [-1]]
