@@ -11,6 +11,7 @@ from megatron_cpgd.algorithm.objective import (
     set_epoch_weights,
     without_loss,
 )
+from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.schema import (
     AlgorithmConfig,
     ConstantClip,
@@ -133,7 +134,9 @@ def test_the_gradient_at_ratio_one_is_minus_advantage_times_coefficient():
     logprobs = tensors["old_logprobs"].clone().requires_grad_()
     objective = build_objective(AlgorithmConfig(drift=DriftConfig(coef=0.1)))
     tokens = tensors | {"loss_mask": torch.tensor([True, True])}
-    objective.loss(logprobs, tokens).backward()
+    responses = one_rank_sequences(torch.tensor([0, 1]))
+    loss, _ = objective.evaluate(logprobs, torch.zeros(2), tokens, responses)
+    loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([-0.5, 1.0])
 
 
@@ -145,7 +148,9 @@ def test_reduce_adds_the_parts_and_calls_every_collective_without_any():
     for each in built:
         tokens = each.tensors | {"loss_mask": torch.tensor([True, True])}
         current = each.tensors["old_logprobs"] + math.log(1.1)
-        parts.append(objective.statistics(current, torch.full((2,), 0.75), tokens))
+        responses = one_rank_sequences(torch.tensor([0, 0]))
+        entropy = torch.full((2,), 0.75)
+        parts.append(objective.evaluate(current, entropy, tokens, responses)[1])
     calls = []
     metrics = objective.reduce(parts, lambda tensor, op: calls.append(op))
     assert metrics["policy/ratio_mean"] == pytest.approx(1.1, rel=1e-5)
