@@ -179,10 +179,11 @@ def _check_model(config: ExperimentConfig) -> None:
 def _longest_wait(config: ExperimentConfig) -> timedelta:
     """Of the other ranks for rank 0, whose waits for the engine have deadlines of their own.
 
-    In one collective's wait fall the start of the engine or a refresh, an evaluation, a generation
-    and the rewards.
+    In one collective's wait fall the start of the engine or a refresh, all evaluations, a
+    generation and the rewards.
     """
-    engine = config.rollout.start_timeout_s + 3 * config.rollout.step_timeout_s
+    calls = 2 + len(config.eval.sets)
+    engine = config.rollout.start_timeout_s + calls * config.rollout.step_timeout_s
     return timedelta(seconds=engine, hours=1)
 
 

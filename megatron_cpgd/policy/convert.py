@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
 from megatron_cpgd.errors import ConversionError
@@ -91,4 +92,5 @@ def _one_rank() -> Iterator[ParallelInfo]:
     try:
         yield init_model_parallel(ParallelConfig(), seed=0)
     finally:
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
