@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.algorithm.surrogate import bounded_exp
-from megatron_cpgd.config.schema import (
+from megatron_cpgd.config.algorithm import (
     BandWeight,
     ClippedWeight,
     Correction,

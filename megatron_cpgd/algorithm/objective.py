@@ -43,7 +43,7 @@ from megatron_cpgd.algorithm.sequence_terms import (
 )
 from megatron_cpgd.algorithm.sequences import Sequences
 from megatron_cpgd.algorithm.surrogate import Term, TokenInputs, masked, surrogate_loss
-from megatron_cpgd.config.schema import (
+from megatron_cpgd.config.algorithm import (
     AlgorithmConfig,
     CappedWeightTerm,
     Clip,

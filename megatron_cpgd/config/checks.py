@@ -9,20 +9,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_cpgd.config.algorithm import (
+    AggregationConfig,
+    AlgorithmConfig,
+    DriftConfig,
+    PromptWeightConfig,
+    RejectionConfig,
+)
+from megatron_cpgd.config.base import Config
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_folder
 from megatron_cpgd.config.schema import (
-    AggregationConfig,
-    AlgorithmConfig,
-    Config,
-    DriftConfig,
     ExactMatchReward,
     ExperimentConfig,
     FormatReward,
     MathReward,
-    PromptWeightConfig,
     PythonReward,
-    RejectionConfig,
 )
 
 _WITHOUT_CLIP_RANGE = ("capped_weight", "soft_gate", "probability_mask", "sequence_weight")

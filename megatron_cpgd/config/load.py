@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.checks import check_config
 from megatron_cpgd.config.merge import merge
 from megatron_cpgd.config.messages import Problem, dotted, explain
-from megatron_cpgd.config.schema import AlgorithmConfig, ExperimentConfig
+from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.config.yaml_io import format_yaml, parse_yaml, read_yaml
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from megatron_cpgd.config.schema import Config, ExperimentConfig
+from megatron_cpgd.config.base import Config
+from megatron_cpgd.config.schema import ExperimentConfig
 
 _NAMES: dict[Any, str] = {
     Path: "path",

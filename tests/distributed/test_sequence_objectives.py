@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_cpgd.algorithm.objective import build_objective
-from megatron_cpgd.config.schema import AlgorithmConfig
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 from tests.helpers.policy_jobs import logprobs_job, train_job, with_old_logprobs
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from megatron_cpgd.algorithm.objective import Objective
-from megatron_cpgd.config.schema import AlgorithmConfig, ExperimentConfig
+from megatron_cpgd.config.algorithm import AlgorithmConfig
+from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.policy.parallel import init_model_parallel
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.types import LossSequence

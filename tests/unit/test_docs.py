@@ -14,8 +14,8 @@ from megatron_cpgd.algorithm.correction import correction_metrics
 from megatron_cpgd.algorithm.mismatch import compute_mismatch
 from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
+from megatron_cpgd.config.algorithm import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.config.schema import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.rewards.base import RewardResult
 from megatron_cpgd.sampler import ScoredBatch, batch_metrics
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup

@@ -11,7 +11,7 @@ import torch
 from megatron_cpgd.algorithm.correction import correction_weights
 from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
-from megatron_cpgd.config.schema import AlgorithmConfig, RejectionConfig, TruncatedWeight
+from megatron_cpgd.config.algorithm import AlgorithmConfig, RejectionConfig, TruncatedWeight
 
 EXACT = TruncatedWeight(type="truncate", high=1e6)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpgd.algorithm.correction import correction_metrics, correction_weights
-from megatron_cpgd.config.schema import (
+from megatron_cpgd.config.algorithm import (
     BandWeight,
     ClippedWeight,
     NoCorrection,

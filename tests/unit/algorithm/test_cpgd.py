@@ -13,7 +13,7 @@ from megatron_cpgd.algorithm.cpgd import drift_weight, log_ratio_term
 from megatron_cpgd.algorithm.objective import Objective
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.algorithm.surrogate import TokenInputs
-from megatron_cpgd.config.schema import AlgorithmConfig
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 
 LOW, HIGH = torch.tensor(0.8).log(), torch.tensor(1.2).log()
 ALPHA, CAP = 0.01, 2.0

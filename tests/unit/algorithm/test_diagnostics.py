@@ -14,7 +14,7 @@ from megatron_cpgd.algorithm.diagnostics import (
 )
 from megatron_cpgd.algorithm.objective import Objective
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
-from megatron_cpgd.config.schema import AlgorithmConfig
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 
 SETTINGS = {
     "log_clip_low": torch.tensor(0.8).log(),

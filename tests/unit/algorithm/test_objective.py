@@ -12,7 +12,7 @@ from megatron_cpgd.algorithm.objective import (
     without_loss,
 )
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
-from megatron_cpgd.config.schema import (
+from megatron_cpgd.config.algorithm import (
     AlgorithmConfig,
     ConstantClip,
     DriftConfig,

@@ -19,8 +19,8 @@ from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.algorithm.objective import build_loss_sequences, build_objective
 from megatron_cpgd.algorithm.reference_kl import reference_kl
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.presets import PRESETS
-from megatron_cpgd.config.schema import AlgorithmConfig
 from megatron_cpgd.types import LossSequence, TrainSequence
 
 quick = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])

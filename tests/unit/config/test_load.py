@@ -5,9 +5,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_cpgd.config.algorithm import ConstantClip, NoClip, TightToLooseClip
 from megatron_cpgd.config.load import load_config, read_config, save_config
 from megatron_cpgd.config.merge import merge
-from megatron_cpgd.config.schema import ConstantClip, NoClip, TightToLooseClip
 from megatron_cpgd.errors import ConfigError
 
 

@@ -2,17 +2,17 @@ from typing import get_args
 
 import pytest
 
-from megatron_cpgd.config.checks import check_config
-from megatron_cpgd.config.load import load_config, read_config, save_config
-from megatron_cpgd.config.merge import merge
-from megatron_cpgd.config.presets import PRESETS, PresetName
-from megatron_cpgd.config.schema import (
+from megatron_cpgd.config.algorithm import (
     AlgorithmConfig,
     ConstantClip,
     LogRatioTerm,
     NoClip,
     RatioTerm,
 )
+from megatron_cpgd.config.checks import check_config
+from megatron_cpgd.config.load import load_config, read_config, save_config
+from megatron_cpgd.config.merge import merge
+from megatron_cpgd.config.presets import PRESETS, PresetName
 from megatron_cpgd.errors import ConfigError
 
 

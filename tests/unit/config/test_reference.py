@@ -1,7 +1,7 @@
 from pathlib import Path
 
+from megatron_cpgd.config.algorithm import DriftConfig
 from megatron_cpgd.config.reference import format_reference, iter_settings, resolve
-from megatron_cpgd.config.schema import DriftConfig
 
 DOCS = Path(__file__).parents[3] / "docs" / "configuration.md"
 

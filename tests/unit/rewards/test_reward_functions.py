@@ -1,11 +1,6 @@
 import pytest
 
-from megatron_cpgd.config.schema import (
-    ExactMatchReward,
-    FormatReward,
-    MathReward,
-    PythonReward,
-)
+from megatron_cpgd.config.schema import ExactMatchReward, FormatReward, MathReward, PythonReward
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rewards.build import build_reward, reward_names
 

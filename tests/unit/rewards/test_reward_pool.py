@@ -10,12 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from megatron_cpgd.config.schema import (
-    ExactMatchReward,
-    FormatReward,
-    MathReward,
-    PythonReward,
-)
+from megatron_cpgd.config.schema import ExactMatchReward, FormatReward, MathReward, PythonReward
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rewards.base import RewardRequest
 from megatron_cpgd.rewards.pool import RewardPool
