@@ -18,8 +18,9 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, TrainingDivergedError
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.policy.model import build_transformer_config, torch_dtype
-from megatron_cpgd.policy.parallel import init_model_parallel, join_world
+from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
+from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
 from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
@@ -55,16 +56,23 @@ class Run:
 
 
 @contextmanager
-def start_run(config: ExperimentConfig) -> Iterator[Run]:
-    """Build the run, or continue the one in run.dir. Collective: every rank calls it."""
+def start_run(config: ExperimentConfig, engine: RolloutEngine | None = None) -> Iterator[Run]:
+    """Build the run, or continue the one in run.dir. Collective: every rank calls it.
+
+    Args:
+        engine: rank 0's, see `train.train`.
+    """
     rank = int(os.environ["RANK"])
     _require_one_host()
     folder = RunFolder(config.run.dir)
     with ExitStack() as stack:
         # The others wait in join_world, so that a mistake of the user is reported by rank 0 alone.
-        prompts, sampler = _start_rank_0(config, folder, stack) if rank == 0 else (None, None)
-        join_world(_longest_wait(config))
-        stack.callback(_leave_world)
+        prompts, sampler = (
+            _start_rank_0(config, folder, stack, engine) if rank == 0 else (None, None)
+        )
+        if not dist.is_initialized():  # else the caller has joined it, for several runs
+            join_world(_longest_wait(config))
+            stack.callback(_leave_world)
         if rank != 0:
             setup_logging(rank, folder.log(rank))
         checkpoint = stack.enter_context(HfCheckpoint.open(config.model.path))
@@ -155,15 +163,16 @@ def note_skipped(run: Run, reason: str | None, step: int) -> None:
 
 
 def _start_rank_0(
-    config: ExperimentConfig, folder: RunFolder, stack: ExitStack
+    config: ExperimentConfig, folder: RunFolder, stack: ExitStack, engine: RolloutEngine | None
 ) -> tuple[Prompts, Sampler]:
     """Check all that the user gave, before anything is written or started; then start sampling."""
     _check_model(config)
     prompts = Prompts(config)
     setup_logging(0, folder.log(0))
     folder.write_versions()
-    engine = start_engine(config, folder.logs / "engine.log")
-    stack.callback(engine.close)
+    if engine is None:
+        engine = start_engine(config, folder.logs / "engine.log")
+        stack.callback(engine.close)
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler
@@ -224,4 +233,4 @@ def _remove_old(newest: Path, *, keep: int) -> None:
 
 def _leave_world() -> None:
     if sys.exc_info()[0] is None:  # after an error the other ranks may be anywhere
-        dist.destroy_process_group()
+        leave_world()

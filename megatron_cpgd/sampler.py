@@ -77,14 +77,10 @@ class Prompts:
 
 
 class Sampler:
-    """Generates and scores rollouts; owns the engine and the reward workers."""
+    """Generates and scores rollouts; owns the reward workers."""
 
     def __init__(self, config: ExperimentConfig, prompts: Prompts, engine: RolloutEngine) -> None:
-        """Start the reward workers.
-
-        Args:
-            engine: from now on closed by `close`.
-        """
+        """Start the reward workers."""
         self._config = config
         self._prompts = prompts
         self.engine = engine
@@ -131,8 +127,7 @@ class Sampler:
         return metrics
 
     def close(self) -> None:
-        """End the engine and the workers."""
-        self.engine.close()
+        """End the workers."""
         self._rewards.close()
 
     def _generate(

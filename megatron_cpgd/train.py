@@ -19,6 +19,7 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
+from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
 from megatron_cpgd.sampler import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.report import print_report
@@ -28,12 +29,17 @@ from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync.sync import sync_weights
 
 
-def train(config: ExperimentConfig) -> None:
+def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None:
     """Train until run.steps, from where run.dir stands. Every rank runs this function.
 
     Rank 0 alone samples and scores; all other work is collective.
+
+    Args:
+        engine: rank 0's, started on `model.path` and left running; None starts one for this run.
+            With `policy.parallel.join_world` before it, and a `ReusedEngine`, one process can do
+            many runs.
     """
-    with start_run(config) as run:
+    with start_run(config, engine) as run:
         engine = run.sampler.engine if run.sampler else None
         sync_weights(run.policy, engine, run.arena, version=run.done)
         if run.done == 0:

@@ -63,8 +63,16 @@ def join_world(timeout: timedelta) -> None:
     dist.init_process_group(backend, timeout=timeout)
 
 
+def leave_world() -> None:
+    """End all process groups. Collective over the world."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
-    """Create Megatron's groups and RNG streams. Collective over the world.
+    """Create Megatron's groups and RNG streams; groups of the same sizes are used again.
+
+    Collective over the world.
 
     Raises:
         ValueError: the world size is not tp * pp * cp * dp.
@@ -74,16 +82,27 @@ def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
             f"parallel: tp({config.tp}) * pp({config.pp}) * cp({config.cp}) * dp({config.dp}) = "
             f"{config.world_size} processes, but {dist.get_world_size()} were started"
         )
-    if parallel_state.model_parallel_is_initialized():
+    if parallel_state.model_parallel_is_initialized() and not _groups_fit(config):
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        config.tp,
-        config.pp,
-        config.vpp if config.vpp > 1 else None,
-        context_parallel_size=config.cp,
-    )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            config.tp,
+            config.pp,
+            config.vpp if config.vpp > 1 else None,
+            context_parallel_size=config.cp,
+        )
     model_parallel_cuda_manual_seed(seed + 1)  # the seed must be positive
     return parallel_info(config)
+
+
+def _groups_fit(config: ParallelConfig) -> bool:
+    """Upstream never ends the threads of the groups that it destroys: better keep them."""
+    return (config.tp, config.pp, config.vpp, config.cp) == (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+    )
 
 
 def parallel_info(config: ParallelConfig) -> ParallelInfo:
