@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, TrainingDivergedError
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that lives as long as the run. `prompts`, `sampler` and `metrics` are rank 0's."""
+    """Everything that lives as long as the run. Rank 0 alone has the last four fields."""
 
     config: ExperimentConfig
     folder: RunFolder
@@ -52,6 +53,7 @@ class Run:
     """Optimizer steps in a row that were skipped."""
     prompts: Prompts | None = None
     sampler: Sampler | None = None
+    batches: BatchQueue | None = None
     metrics: MetricsLog | None = None
 
 
@@ -103,9 +105,11 @@ def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
 def save(run: Run, step: int) -> None:
     """Write a checkpoint; `publish` makes it the one to resume from. Collective over the world."""
     state: dict[str, Any] = {"step": step, "bad_steps": run.bad_steps}
-    if run.prompts:
+    files = {}
+    if run.prompts and run.batches:
         state["prompts"] = run.prompts.stream.state()
-    run.policy.save(run.folder.checkpoint(step), state)
+        files = run.batches.files()
+    run.policy.save(run.folder.checkpoint(step), state, files)
 
 
 def publish(run: Run, step: int) -> None:
@@ -188,10 +192,10 @@ def _check_model(config: ExperimentConfig) -> None:
 def _longest_wait(config: ExperimentConfig) -> timedelta:
     """Of the other ranks for rank 0, whose waits for the engine have deadlines of their own.
 
-    In one collective's wait fall the start of the engine or a refresh, all evaluations, a
-    generation and the rewards.
+    In one collective's wait fall the start of the engine or a refresh, all evaluations, the
+    generation of a batch and of those that are to wait, and the rewards.
     """
-    calls = 2 + len(config.eval.sets)
+    calls = 2 + len(config.eval.sets) + config.rollout.staleness
     engine = config.rollout.start_timeout_s + calls * config.rollout.step_timeout_s
     return timedelta(seconds=engine, hours=1)
 
@@ -217,9 +221,13 @@ def _resume(policy: Policy, folder: RunFolder) -> dict[str, Any]:
 
 
 def _restore_rank_0(run: Run, state: dict[str, Any]) -> None:
-    assert run.prompts
+    assert run.prompts and run.sampler
+    run.batches = BatchQueue(
+        run.sampler, staleness=run.config.rollout.staleness, last_step=run.config.run.steps
+    )
     if state["prompts"] is not None:
         run.prompts.stream.load_state(state["prompts"])
+        run.batches.load(run.folder.checkpoint(run.done))
     run.metrics = MetricsLog(run.folder.metrics, resumed_step=run.done if run.done else None)
     save_config(run.config, run.folder.config)
 

@@ -19,6 +19,7 @@ from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
+from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
 
 
@@ -90,15 +91,22 @@ class Sampler:
             timeout_s=config.rewards.timeout_s,
         )
 
-    def generate(self, step: int) -> list[RolloutGroup]:
-        """All responses of a training step, by the weights of the step before."""
-        rollout = self._config.rollout
-        prompts = [self._prompts.train[i] for i in self._prompts.stream.next_batch()]
+    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+        """The next batch of the run, by the weights `version`."""
+        with timer("generate"):
+            groups = self.generate(version)
+        with timer("score"):
+            return self.score(groups)
+
+    def generate(self, version: int) -> list[RolloutGroup]:
+        """All responses to the next prompts."""
+        rollout, stream = self._config.rollout, self._prompts.stream
+        prompts = [self._prompts.train[i] for i in stream.next_batch()]
         size = rollout.samples_per_prompt
         # One stream per response of the whole run: a resumed run samples the same.
-        first = (self._config.run.seed << 40) + step * len(prompts) * size
+        first = (self._config.run.seed << 40) + stream.batches * len(prompts) * size
         sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
-        return self._generate(prompts, sampling, seed=first, version=step - 1)
+        return self._generate(prompts, sampling, seed=first, version=version)
 
     def score(self, groups: Sequence[RolloutGroup]) -> ScoredBatch:
         """Rewards of all responses, and their advantages."""
@@ -247,8 +255,8 @@ def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
     ]
 
 
-def batch_metrics(batch: ScoredBatch) -> dict[str, float]:
-    """What a batch says before any training on it."""
+def batch_metrics(batch: ScoredBatch, step: int) -> dict[str, float]:
+    """What the batch of a step says before any training on it."""
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts]).double()
     rewards = torch.tensor(batch.rewards.total, dtype=torch.float64)
@@ -263,6 +271,7 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float]:
         "rollout/response_tokens": lengths.sum().item(),
         "rollout/response_tokens_mean": lengths.mean().item(),
         "rollout/response_tokens_max": lengths.max().item(),
+        "rollout/staleness": fmean(step - 1 - r.weight_version for r in rollouts),
         "rollout/truncated_frac": fmean(r.finish_reason == "length" for r in rollouts),
         **_column_means(batch.rewards.columns),
     }

@@ -46,12 +46,7 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
             log_step(run, 0, _evaluate(run, 0))
         timer = StepTimer()
         for step in range(run.done + 1, config.run.steps + 1):
-            batch = None
-            if run.sampler:
-                with timer("generate"):
-                    groups = run.sampler.generate(step)
-                with timer("score"):
-                    batch = run.sampler.score(groups)
+            batch = run.batches.take(step, timer) if run.batches else None
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
@@ -72,6 +67,10 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
     Raises:
         WeightSyncError: on every rank, the two do not compute the same model.
     """
+    if run.config.algorithm.old_policy == "sampler":
+        for sequence in sequences:
+            sequence.old_logprobs = sequence.rollout_logprobs
+        return {}
     logprobs = run.policy.compute_logprobs(without_loss(sequences))
     for sequence, values in zip(sequences, logprobs, strict=True):
         sequence.old_logprobs = values
@@ -149,7 +148,7 @@ def _finish_step(
             export(run, step)
     if batch:
         _write_rollouts(run, step, batch)
-        metrics |= batch_metrics(batch)
+        metrics |= batch_metrics(batch, step)
     seconds = timer.finish_step()
     tokens = metrics.get("rollout/response_tokens", 0)
     metrics["perf/response_tokens_per_s"] = tokens / seconds["time/total_s"]

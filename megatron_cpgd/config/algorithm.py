@@ -275,6 +275,10 @@ class AlgorithmConfig(Config):
     """Method whose settings lie below the ones given here."""
     advantage: AdvantageConfig = AdvantageConfig()
     """Rewards to advantages."""
+    old_policy: Literal["trainer", "sampler"] = "trainer"
+    """pi_old, the anchor of ratio, clip and drift. `trainer`: its log-probs right before a batch is
+    trained on, one more forward pass. `sampler`: those that the engine reported, so that staleness
+    and the engine's own rounding count as a change of the policy."""
     policy: PolicyTerm = LogRatioTerm()
     """Shape of the policy term."""
     clip: Clip = ConstantClip()

@@ -71,7 +71,7 @@ def check_passthrough(
 def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
     algorithm = config.algorithm
     drift, weight, aggregation = algorithm.drift, algorithm.prompt_weight, algorithm.aggregation
-    if algorithm.mini_batches * algorithm.epochs == 1:
+    if algorithm.mini_batches * algorithm.epochs == 1 and algorithm.old_policy == "trainer":
         yield from _inert_in_one_step(algorithm)
     if weight.type != "clip_filter" and _changed(weight, "max_weight", PromptWeightConfig):
         yield (
@@ -153,19 +153,48 @@ def _sampler_correction(config: ExperimentConfig) -> Iterator[str]:
         getattr(algorithm.policy, "anchor", "old") == "rollout"
     )
     rejects = algorithm.rejection != RejectionConfig()
+    yield from _sampler_is_old(config)
     if corrects and own:
         yield (
             f"algorithm.correction={{type: {algorithm.correction.type}}} counts the difference to "
             f"the sampler twice: algorithm.policy.type={algorithm.policy.type} already has "
             "pi_theta / sampler in its weight; set algorithm.correction={type: none}"
         )
-    if (corrects or own or rejects) and (rollout.top_p < 1 or rollout.top_k != -1):
-        named = "policy" if own else "correction" if corrects else "rejection"
+    anchored = algorithm.old_policy == "sampler"
+    if (corrects or own or rejects or anchored) and (rollout.top_p < 1 or rollout.top_k != -1):
+        named = (
+            "old_policy=sampler" if anchored
+            else "policy" if own
+            else "correction" if corrects
+            else "rejection"
+        )  # fmt: skip
         yield (
             f"algorithm.{named} divides by the sampler's probabilities, but rollout.top_p="
             f"{rollout.top_p} and rollout.top_k={rollout.top_k} truncate its distribution and not "
             "the trainer's; set top_p=1 and top_k=-1"
         )
+
+
+def _sampler_is_old(config: ExperimentConfig) -> Iterator[str]:
+    """With pi_old = mu the ratio between them is 1, and whatever looks at it does nothing."""
+    algorithm = config.algorithm
+    if algorithm.old_policy != "sampler":
+        return
+    rejection = algorithm.rejection
+    switches = {
+        "algorithm.correction": algorithm.correction.type != "none",
+        "algorithm.rejection.geometric_low": rejection.geometric_low is not None,
+        "algorithm.rejection.geometric_high": rejection.geometric_high is not None,
+        "algorithm.rejection.veto": rejection.veto is not None,
+        "rollout.logprob_diff_limit": config.rollout.logprob_diff_limit is not None,
+    }
+    for name, on in switches.items():
+        if on:
+            yield (
+                f"{name} compares the trainer's old log-probs with the sampler's, but "
+                "algorithm.old_policy=sampler takes the sampler's for both; remove it or set "
+                "algorithm.old_policy=trainer"
+            )
 
 
 def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
@@ -175,6 +204,12 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} compares full distributions, "
             f"but rollout.top_p={rollout.top_p} and rollout.top_k={rollout.top_k} truncate the "
             "engine's; set top_p=1 and top_k=-1, or logprob_diff_limit=null"
+        )
+    if rollout.logprob_diff_limit is not None and rollout.staleness > 0:
+        yield (
+            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} expects trainer and engine "
+            f"to hold the same weights, but rollout.staleness={rollout.staleness} compares "
+            "different ones; set logprob_diff_limit=null or staleness=0"
         )
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (

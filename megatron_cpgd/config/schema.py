@@ -104,9 +104,12 @@ class RolloutConfig(Config):
     """Nucleus sampling; values below 1 truncate the sampling distribution."""
     top_k: int = Field(-1, ge=-1)
     """Top-k sampling; -1 is off."""
+    staleness: int = Field(0, ge=0)
+    """Batches sampled ahead: a step trains on responses of the weights so many steps before its
+    own, as when sampling and training run side by side. 0 is on-policy."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
-    exceeds this; null only logs it. Needs top_p = 1 and top_k = -1."""
+    exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""
     start_timeout_s: Seconds = 600.0
     """Longest wait for the engine to load."""
     step_timeout_s: Seconds = 3600.0

@@ -12,7 +12,7 @@ class PromptStream:
     for prompts that the batch over the boundary already holds: they come right after it.
     """
 
-    _batches: int
+    batches: int
     """Drawn so far."""
     _epoch: int
     _position: int
@@ -52,12 +52,12 @@ class PromptStream:
             self._order = self._draw_order(missing, excluded=set(batch))
             self._position = missing
             batch = batch + self._order[:missing]
-        self._batches += 1
+        self.batches += 1
         return batch
 
     def state(self) -> dict[str, int]:
         """What `load_state` needs to go on after the last batch drawn."""
-        return {"batches": self._batches, **self._identity()}
+        return {"batches": self.batches, **self._identity()}
 
     def load_state(self, state: dict[str, int]) -> None:
         """Go on where the stream that gave `state` was.
@@ -84,7 +84,7 @@ class PromptStream:
         }
 
     def _rewind(self) -> None:
-        self._batches = 0
+        self.batches = 0
         self._epoch = 0
         self._position = 0
         self._order = self._draw_order(0, excluded=set())

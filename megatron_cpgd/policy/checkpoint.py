@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     *,
     hf_source: Path,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write everything, then the manifest, then give the folder its name. Collective.
 
@@ -51,6 +53,7 @@ def save_checkpoint(
         trainer_state: what JSON can hold.
         hf_source: folder whose config.json and tokenizer go along, so that the checkpoint alone
             is enough to build the model and to convert it back.
+        files: further ones, name -> content; read on rank 0 only.
     """
     partial = path.with_name(path.name + ".partial")
     if dist.get_rank() == 0:
@@ -71,6 +74,8 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         (partial / HF_FILES).mkdir()
         copy_side_files(hf_source, partial / HF_FILES)
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
         dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
         _commit(
             partial, path, trainer_state, {"has_optimizer": optimizer is not None, "dtype": dtype}

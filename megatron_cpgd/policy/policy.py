@@ -1,7 +1,7 @@
 """The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,13 +180,21 @@ class Policy:
         """Write the model into full Hugging Face tensors; on return all ranks have written."""
         write_hf_weights(self._chunks, self._table, self.info, view)
 
-    def save(self, path: Path, trainer_state: dict[str, Any]) -> None:
-        """Save weights, optimizer and `trainer_state` as a distributed checkpoint."""
+    def save(
+        self, path: Path, trainer_state: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Save weights, optimizer and `trainer_state` as a distributed checkpoint.
+
+        Args:
+            files: of rank 0, to be laid beside them: name -> content.
+        """
         steps = {"optimizer_steps": self.optimizer_steps, "updates": self.updates}
         # Before its first update Adam has no state, which upstream cannot save.
         optimizer = self._optimizer if self.updates else None
         state = steps | trainer_state
-        save_checkpoint(path, self._chunks, optimizer, state, hf_source=self._hf_source)
+        save_checkpoint(
+            path, self._chunks, optimizer, state, hf_source=self._hf_source, files=files
+        )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; returns its trainer state."""

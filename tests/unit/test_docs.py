@@ -79,7 +79,7 @@ def test_the_scan_finds_every_name_that_a_step_returns() -> None:
         ),
     )
     returned = {
-        *statistics.finish(), *batch_metrics(batch), *compute_mismatch(one, one), *correction
+        *statistics.finish(), *batch_metrics(batch, 1), *compute_mismatch(one, one), *correction
     }  # fmt: skip
     assert returned - {"reward/math_mean"} <= metrics_in_code()
 

@@ -10,6 +10,7 @@ ROWS = (
     {"cli"},
     {"train", "evaluate"},
     {"run"},
+    {"batch_queue"},
     {"sampler", "weight_sync"},
     {"policy", "rollout", "demo"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch"},

@@ -19,6 +19,7 @@ NO_CLIP = "algorithm.clip={type: none}"
 NO_DRIFT = "algorithm.drift.coef=0"
 CLIP = "algorithm.clip={type: constant}"
 TIS = "algorithm.correction={type: truncate}"
+OLD_SAMPLER = "algorithm.old_policy=sampler"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
 
 
@@ -45,6 +46,17 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             ["rollout.logprob_diff_limit=0.1", "rollout.top_k=20"],
             "rollout.logprob_diff_limit=0.1 compares",
         ),
+        (
+            ["rollout.logprob_diff_limit=0.1", "rollout.staleness=1"],
+            "rollout.logprob_diff_limit=0.1 expects trainer and engine to hold the same weights",
+        ),
+        ([OLD_SAMPLER, TIS], "algorithm.correction compares the trainer's old log-probs with the"),
+        ([OLD_SAMPLER, "algorithm.rejection.veto=1e-4"], "algorithm.rejection.veto compares the"),
+        (
+            [OLD_SAMPLER, "rollout.logprob_diff_limit=0.1"],
+            "rollout.logprob_diff_limit compares the trainer's",
+        ),
+        ([OLD_SAMPLER, "rollout.top_p=0.9"], "algorithm.old_policy=sampler divides by the sampler"),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
         (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
         (
@@ -171,3 +183,7 @@ def test_a_forbidden_option_is_never_suggested():
         {"num_layer": 1}, allowed={"num_layers", "x"}, forbidden={"num_layers": "-"}, where="w"
     )
     assert problem == "w.num_layer: unknown option; known here: x"
+
+
+def test_with_the_samplers_old_policy_one_optimizer_step_already_clips(run_yaml):
+    assert problems_of(run_yaml, ONE_STEP, OLD_SAMPLER) == []

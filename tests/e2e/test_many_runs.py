@@ -1,0 +1,64 @@
+"""Several runs in one process on one engine; stale rollouts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.full_run import ROOT, read_rows
+
+
+@pytest.fixture(scope="module")
+def runs(assets: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "tests.helpers.many_runs", str(assets), str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def learnt(run: Path) -> list[dict]:
+    """The rows without times."""
+    rows = read_rows(run / "metrics.jsonl")
+    return [
+        {name: x for name, x in row.items() if not name.startswith(("time/", "perf/"))}
+        for row in rows
+    ]
+
+
+def test_a_second_run_of_a_process_repeats_the_first_bit_by_bit(runs):
+    assert learnt(runs / "first") == learnt(runs / "again")
+    assert len({row["weights/digest"] for row in learnt(runs / "first")[1:]}) == 6
+
+
+def test_the_rows_say_how_stale_a_batch_was(runs):
+    assert [row["rollout/staleness"] for row in learnt(runs / "first")[1:]] == [0] * 6
+    assert [row["rollout/staleness"] for row in learnt(runs / "stale")[1:]] == [0, 1, 2, 2, 2, 2]
+
+
+def test_old_log_probs_are_those_of_the_policy_that_is_about_to_change(runs):
+    differences = [row["rollout/logprob_abs_diff_mean"] for row in learnt(runs / "stale")[1:]]
+    assert differences[0] < 1e-5, "the first batch is fresh: only rounding"
+    assert min(differences[1:]) > 1e-3, "the policy has moved since the others were sampled"
+    fresh = [row["rollout/logprob_abs_diff_mean"] for row in learnt(runs / "first")[1:]]
+    assert max(fresh) < 1e-5
+
+
+def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
+    trainer, sampler = (
+        [row["policy/kl_k3"] for row in learnt(runs / name)[1:]]
+        for name in ("stale", "stale_sampler")
+    )
+    assert sampler[0] == pytest.approx(trainer[0], rel=1e-2)  # a fresh batch
+    assert all(b > 1.2 * a for a, b in zip(trainer[2:], sampler[2:], strict=True))
+    assert "rollout/logprob_abs_diff_mean" not in learnt(runs / "stale_sampler")[1]
+
+
+def test_a_run_with_waiting_batches_goes_on_where_it_was(runs):
+    assert learnt(runs / "stale_interrupted") == learnt(runs / "stale")
+    left, right = (
+        (runs / name / "hf/step_000006/model.safetensors").read_bytes()
+        for name in ("stale", "stale_interrupted")
+    )
+    assert left == right

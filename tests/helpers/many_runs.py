@@ -1,0 +1,77 @@
+"""Runs of one process that share an engine: `python -m tests.helpers.many_runs ASSETS OUT`."""
+
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.full_run import settings, write_yaml
+
+RUNS: dict[str, dict[str, Any]] = {
+    "first": {},
+    "again": {},
+    "stale": {"rollout": {"staleness": 2}},
+    "stale_interrupted": {"rollout": {"staleness": 2}},
+    "stale_sampler": {"rollout": {"staleness": 2}, "algorithm": {"old_policy": "sampler"}},
+}
+STOPPED_AFTER = 5
+"""Step of `stale_interrupted` behind which it was broken off once; the last checkpoint is at 4."""
+
+
+def main(assets: Path, out: Path) -> None:
+    """Every run of RUNS in `out/<name>`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(
+        ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1"
+    )
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    from megatron_cpgd import train as loop
+    from megatron_cpgd.config.load import load_config
+    from megatron_cpgd.policy.parallel import join_world
+    from megatron_cpgd.rollout.reused_engine import ReusedEngine
+    from megatron_cpgd.sampler import start_engine
+
+    configs = {}
+    for name, changes in RUNS.items():
+        content = settings(assets)
+        content["parallel"]["tp"] = 1
+        content["run"]["dir"] = str(out / name)
+        for section, values in changes.items():
+            content[section] |= values
+        configs[name] = load_config(write_yaml(out / f"{name}.yaml", content))
+    engine = ReusedEngine(start_engine(configs["first"], out / "engine.log"))
+    try:
+        join_world(timedelta(minutes=5))
+        log_step = loop.log_step
+        for name, config in configs.items():
+            if name == "stale_interrupted":
+                engine.begin_run()
+                loop.log_step = _broken_off  # type: ignore[assignment]
+                try:
+                    loop.train(config, engine)
+                except BrokenOffError:
+                    loop.log_step = log_step
+            engine.begin_run()
+            loop.train(config, engine)
+    finally:
+        engine.close()
+
+
+class BrokenOffError(Exception):
+    """What ends a run early."""
+
+
+def _broken_off(run: Any, step: int, metrics: dict[str, Any]) -> None:
+    from megatron_cpgd.run import log_step
+
+    if step == STOPPED_AFTER:
+        raise BrokenOffError
+    log_step(run, step, metrics)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cpgd.algorithm.advantages import compute_advantages
+from megatron_cpgd.batch_queue import BatchQueue
+from megatron_cpgd.rewards.base import RewardResult
+from megatron_cpgd.sampler import ScoredBatch
+from megatron_cpgd.tracking.timer import StepTimer
+from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
+
+
+class CountingSampler:
+    """Batch number n, sampled by `version`."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+        self.batches += 1
+        rollouts = [
+            Rollout(
+                token_ids=[5, 6], logprobs=[-0.1, -1e-7 / 3], finish_reason="stop",
+                weight_version=version, text=f"response {i}",
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        prompt = Prompt(
+            id=f"train:{self.batches}", token_ids=[1], text="?", answer=None, fields={"a": [1, "x"]}
+        )
+        return ScoredBatch(
+            groups=[RolloutGroup(prompt=prompt, rollouts=rollouts)],
+            rewards=RewardResult(total=[0.0, 0.1], columns={"r": [0.0, 0.1]}, timeouts=0, errors=0),
+            advantages=compute_advantages(
+                torch.tensor([[0.0, 0.1]]), prompt_weight="std", max_weight=3.0
+            ),
+        )
+
+
+def number_and_version(batch: ScoredBatch) -> tuple[int, int]:
+    [group] = batch.groups
+    return int(group.prompt.id.removeprefix("train:")), group.rollouts[0].weight_version
+
+
+@pytest.mark.parametrize(
+    ("staleness", "versions"),
+    [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (2, [0, 0, 0, 1, 2]), (9, [0, 0, 0, 0, 0])],
+)
+def test_a_step_trains_on_what_the_weights_so_many_steps_before_have_sampled(staleness, versions):
+    sampler = CountingSampler()
+    queue = BatchQueue(sampler, staleness=staleness, last_step=5)
+    taken = [number_and_version(queue.take(step, StepTimer())) for step in range(1, 6)]
+    assert taken == list(zip([1, 2, 3, 4, 5], versions, strict=True))
+    assert sampler.batches == 5, "nothing is sampled that no step trains on"
+
+
+def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
+    sampler = CountingSampler()
+    queue = BatchQueue(sampler, staleness=2, last_step=9)
+    queue.take(1, StepTimer())
+    for name, content in queue.files().items():
+        (tmp_path / name).write_bytes(content)
+    resumed = BatchQueue(sampler, staleness=2, last_step=9)
+    resumed.load(tmp_path)
+    for step in (2, 3):
+        expected, actual = queue._batches[step - 2], resumed._batches[step - 2]
+        assert (actual.groups, actual.rewards) == (expected.groups, expected.rewards)
+        for field in ("values", "prompt_weight", "zero_variance"):
+            left, right = (getattr(b.advantages, field) for b in (actual, expected))
+            assert left.dtype == right.dtype and torch.equal(left, right)
+    assert number_and_version(resumed.take(2, StepTimer())) == (2, 0)
+    assert sampler.batches == 4, "only the one batch that became free is sampled anew"
+
+
+def test_without_staleness_a_checkpoint_needs_no_file():
+    queue = BatchQueue(CountingSampler(), staleness=0, last_step=9)
+    queue.take(1, StepTimer())
+    assert queue.files() == {}
+
+
+def test_after_clear_the_next_step_samples_with_the_weights_of_now():
+    queue = BatchQueue(CountingSampler(), staleness=2, last_step=9)
+    queue.take(1, StepTimer())
+    queue.clear()
+    assert number_and_version(queue.take(2, StepTimer())) == (4, 1)
