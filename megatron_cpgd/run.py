@@ -21,6 +21,7 @@ from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.policy.model import build_transformer_config, torch_dtype
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
+from megatron_cpgd.policy.reference import check_reference
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
 from megatron_cpgd.tracking.console import step_line
@@ -187,6 +188,7 @@ def _check_model(config: ExperimentConfig) -> None:
         checkpoint.check(weight_table(checkpoint.config))
         dtype = torch_dtype(config.precision.train)
         build_transformer_config(checkpoint.config, config.model, config.parallel, dtype)
+        check_reference(config, checkpoint)
 
 
 def _longest_wait(config: ExperimentConfig) -> timedelta:

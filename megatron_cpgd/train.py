@@ -11,10 +11,12 @@ from megatron_cpgd.algorithm.objective import (
     build_loss_sequences,
     build_objective,
     has_epoch_weights,
+    old_logprobs,
     old_minus_rollout,
     set_epoch_weights,
     without_loss,
 )
+from megatron_cpgd.algorithm.reference_kl import reference_metrics
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
@@ -50,6 +52,9 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
+            if config.reference_path is not None:
+                with timer("ref_logprobs"):
+                    metrics |= _set_ref_logprobs(run, sequences)
             with timer("train"):
                 metrics |= _optimise(run, sequences, step)
             with timer("sync"):
@@ -88,6 +93,15 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
     return mismatch | correction_metrics(
         old_minus_rollout(sequences), algorithm.correction, algorithm.rejection
     )
+
+
+def _set_ref_logprobs(run: Run, sequences: list[TrainSequence]) -> dict[str, float]:
+    """Give every sequence its reference log-probs; returns how far the old ones are from them."""
+    ref_logprobs = run.policy.compute_reference_logprobs(without_loss(sequences))
+    for sequence, values in zip(sequences, ref_logprobs, strict=True):
+        sequence.ref_logprobs = values
+    old = [old_logprobs(sequence) for sequence in sequences]
+    return reference_metrics(torch.cat(old), torch.cat(ref_logprobs))
 
 
 def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:

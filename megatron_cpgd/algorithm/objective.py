@@ -216,9 +216,15 @@ def without_loss(sequences: Sequence[TrainSequence]) -> list[LossSequence]:
     ]
 
 
+def old_logprobs(sequence: TrainSequence) -> Tensor:
+    """[T] float32, which the old-log-prob pass has set."""
+    assert sequence.old_logprobs is not None, "compute the old log-probs first"
+    return sequence.old_logprobs
+
+
 def old_minus_rollout(sequences: Sequence[TrainSequence]) -> list[Tensor]:
     """d = log pi_old - log mu of every response, [T] float32 each."""
-    return [_old_logprobs(sequence) - sequence.rollout_logprobs for sequence in sequences]
+    return [old_logprobs(sequence) - sequence.rollout_logprobs for sequence in sequences]
 
 
 def has_epoch_weights(config: AlgorithmConfig) -> bool:
@@ -237,7 +243,7 @@ def set_epoch_weights(
     assert not isinstance(clip, NoClip), "the configuration refuses epochs > 1 without a clip range"
     for sequence, current in zip(sequences, logprobs, strict=True):
         sequence.epoch_weight = truncated_epoch_weight(
-            current, _old_logprobs(sequence), low=clip.low, high=clip.high
+            current, old_logprobs(sequence), low=clip.low, high=clip.high
         )
 
 
@@ -250,11 +256,6 @@ def _inputs(logprobs: Tensor, tokens: Tokens) -> TokenInputs:
         log_clip_high=tokens.get("log_clip_high"),
         rollout_logprobs=tokens.get("rollout_logprobs"),
     )
-
-
-def _old_logprobs(sequence: TrainSequence) -> Tensor:
-    assert sequence.old_logprobs is not None, "compute the old log-probs first"
-    return sequence.old_logprobs
 
 
 def _coefficients(sequences: Sequence[TrainSequence], config: AlgorithmConfig) -> list[float]:
@@ -278,13 +279,13 @@ def _loss_sequence(
     tensors = {
         "advantages": advantages,
         "coefficients": coefficient * weight,
-        "old_logprobs": _old_logprobs(sequence),
+        "old_logprobs": old_logprobs(sequence),
         **_clip_tensors(length, config.clip),
     }
     if config.reads_rollout_logprobs:
         tensors["rollout_logprobs"] = sequence.rollout_logprobs
     if config.reference.coef:
-        assert sequence.ref_logprobs is not None, "the configuration refuses a missing reference"
+        assert sequence.ref_logprobs is not None, "compute the reference log-probs first"
         tensors["ref_logprobs"] = sequence.ref_logprobs
         tensors["ref_coefficients"] = torch.full((length,), coefficient)
     [plain] = without_loss([sequence])

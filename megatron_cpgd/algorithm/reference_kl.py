@@ -1,4 +1,4 @@
-"""Estimators of KL(pi_theta || pi_ref) in the loss: value and force per token.
+"""Estimators of KL(pi_theta || pi_ref): value and force per token, and metrics.
 
 With q = log pi_ref - log pi_theta (Schulman's notation, tokens drawn from the policy):
 
@@ -28,3 +28,14 @@ def reference_kl(
         return 0.5 * q.square(), -q
     growth = torch.expm1(q.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     return growth - q, -growth
+
+
+def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor) -> dict[str, float]:
+    """Estimates of KL(pi || pi_ref) from tokens that pi has drawn; none if there is no token."""
+    if not len(logprobs):
+        return {}
+    pair = logprobs.double(), ref_logprobs.double()
+    return {
+        "reference/kl_k1": reference_kl(*pair, "k1")[0].mean().item(),
+        "reference/kl_k3": reference_kl(*pair, "k3")[0].mean().item(),
+    }

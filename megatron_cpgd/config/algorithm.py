@@ -1,5 +1,6 @@
 """The section `algorithm`: the objective, from rewards to denominators. Imports pydantic only."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -179,9 +180,12 @@ class ReferenceConfig(Config):
     """KL(pi_theta, pi_ref) as part of the loss."""
 
     coef: float = Field(0.0, ge=0)
-    """beta. This version has no reference policy and refuses any other value than 0."""
+    """beta; 0 is off."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k3 is GRPO's; k2 has the gradient of the reverse KL; k1 has none in expectation."""
+    path: Path | None = None
+    """Hugging Face folder of the reference policy, of the same architecture as the policy; default:
+    model.path. A resumed run reads it again."""
 
 
 class NoCorrection(Config):

@@ -71,6 +71,7 @@ def check_passthrough(
 def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
     algorithm = config.algorithm
     drift, weight, aggregation = algorithm.drift, algorithm.prompt_weight, algorithm.aggregation
+    reference = algorithm.reference
     if algorithm.mini_batches * algorithm.epochs == 1 and algorithm.old_policy == "trainer":
         yield from _inert_in_one_step(algorithm)
     if weight.type != "clip_filter" and _changed(weight, "max_weight", PromptWeightConfig):
@@ -83,6 +84,14 @@ def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
             f"algorithm.drift.gradient_clip={drift.gradient_clip} does nothing while "
             "algorithm.drift.coef=0; remove it or set a coef > 0"
         )
+    if reference.coef == 0:
+        below = AlgorithmConfig.below({"preset": algorithm.preset})["reference"]
+        for name in ("estimator", "path"):
+            if (value := getattr(reference, name)) != below[name]:
+                yield (
+                    f"algorithm.reference.{name}={value} does nothing while "
+                    "algorithm.reference.coef=0; remove it or set a coef > 0"
+                )
     summed = aggregation.type == "sequence_sum_over_length"
     if not summed and _changed(aggregation, "length", AggregationConfig):
         yield (
@@ -126,11 +135,6 @@ def _objective(config: ExperimentConfig) -> Iterator[str]:
             f"algorithm.epochs={algorithm.epochs}: passes after the first are weighted by the "
             "ratio truncated to the clip range, which algorithm.clip={type: none} does not have; "
             "set a clip or algorithm.epochs=1"
-        )
-    if algorithm.reference.coef > 0:
-        yield (
-            f"algorithm.reference.coef={algorithm.reference.coef} needs the log-probs of a "
-            "reference policy, and this version has none; set algorithm.reference.coef=0"
         )
     if policy == "sequence_ratio" and algorithm.clip.type == "tight_to_loose":
         yield (

@@ -1,4 +1,4 @@
-"""Does the Hugging Face folder exist, is it usable, and does the parallel layout fit it?"""
+"""Do the Hugging Face folders exist, are they usable, and does the parallel layout fit?"""
 
 import json
 from collections.abc import Iterator
@@ -19,45 +19,54 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_model_folder(config: ExperimentConfig) -> list[str]:
-    """Problems of `model.path`, `model.tokenizer`, and of the sizes that depend on the model."""
+    """Problems of `model.path`, `model.tokenizer`, of the sizes that depend on the model, and of
+    `algorithm.reference.path`."""
     path, tokenizer = config.model.path, config.model.tokenizer
-    if not path.is_dir():
-        hint = f"; download it: hf download {path} --local-dir ..." if _is_hub_id(path) else ""
-        return [f"model.path={path}: no such folder, seen from {Path.cwd()}{hint}"]
-    problems = [*_weights(path)]
+    hf, problems = _model(path, "model.path")
+    if hf is not None:
+        problems += _sizes(hf, path, config)
     if tokenizer is not None and not tokenizer.is_dir():
         problems.append(f"model.tokenizer={tokenizer}: no such folder, seen from {Path.cwd()}")
-    elif not config.model.trust_remote_code:
+    elif path.is_dir() and not config.model.trust_remote_code:
         where = "model.path" if tokenizer is None else "model.tokenizer"
         problems += _tokenizer(tokenizer or path, where)
+    if config.reference_path not in (None, path):
+        problems += _model(config.reference_path, "algorithm.reference.path")[1]
+    return problems
+
+
+def _model(path: Path, where: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """config.json, unless it is unreadable or not supported, and the problems of a folder."""
+    if not path.is_dir():
+        hint = f"; download it: hf download {path} --local-dir ..." if _is_hub_id(path) else ""
+        return None, [f"{where}={path}: no such folder, seen from {Path.cwd()}{hint}"]
+    problems = [*_weights(path, where)]
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return [*problems, f"model.path={path}: has no config.json; give a Hugging Face folder"]
+        return None, [*problems, f"{where}={path}: has no config.json; give a Hugging Face folder"]
     except (OSError, ValueError) as error:
-        return [*problems, f"{path / 'config.json'}: cannot be read as JSON: {error}"]
+        return None, [*problems, f"{path / 'config.json'}: cannot be read as JSON: {error}"]
     if not isinstance(hf, dict):
-        return [*problems, f"{path / 'config.json'}: must be a JSON object"]
-    unsupported = [*_architecture(hf, path)]
-    if unsupported:  # its sizes would have other names
-        return problems + unsupported
-    return [*problems, *_sizes(hf, path, config)]
+        return None, [*problems, f"{path / 'config.json'}: must be a JSON object"]
+    unsupported = [*_architecture(hf, path, where)]  # its sizes would have other names
+    return None if unsupported else hf, problems + unsupported
 
 
 def _is_hub_id(path: Path) -> bool:
     return len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
 
 
-def _weights(path: Path) -> Iterator[str]:
+def _weights(path: Path, where: str) -> Iterator[str]:
     if any(path.glob("*.safetensors")):
         return
     if any(path.glob("*.bin")):
         yield (
-            f"model.path={path}: has only PyTorch .bin weights, which are pickles and can run code "
+            f"{where}={path}: has only PyTorch .bin weights, which are pickles and can run code "
             "when opened; save it with `model.save_pretrained(folder)`, which writes safetensors"
         )
     else:
-        yield f"model.path={path}: has no *.safetensors files"
+        yield f"{where}={path}: has no *.safetensors files"
 
 
 def _tokenizer(path: Path, where: str) -> Iterator[str]:
@@ -68,21 +77,21 @@ def _tokenizer(path: Path, where: str) -> Iterator[str]:
         )
 
 
-def _architecture(hf: dict[str, Any], path: Path) -> Iterator[str]:
+def _architecture(hf: dict[str, Any], path: Path, where: str) -> Iterator[str]:
     model_type, classes = hf.get("model_type"), hf.get("architectures")
     supported = ", ".join(ARCHITECTURES.values())
     if model_type not in ARCHITECTURES:
-        yield f"model.path={path}: model_type {model_type!r} is not one of {supported}"
+        yield f"{where}={path}: model_type {model_type!r} is not one of {supported}"
     elif classes and classes != [ARCHITECTURES[model_type]]:
-        yield f"model.path={path}: architectures {classes} is not one of {supported}"
+        yield f"{where}={path}: architectures {classes} is not one of {supported}"
     if "quantization_config" in hf:
-        yield f"model.path={path}: quantised weights cannot be trained; use the bf16 checkpoint"
+        yield f"{where}={path}: quantised weights cannot be trained; use the bf16 checkpoint"
     # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         yield (
-            f"model.path={path}: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}; "
+            f"{where}={path}: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}; "
             "remove the scaling from config.json if you stay below the original length"
         )
 

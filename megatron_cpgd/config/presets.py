@@ -1,8 +1,7 @@
 """Named methods: settings of `algorithm` that lie below the user's own.
 
 A preset states what differs from CPGD, the schema's defaults. docs/objectives.md has the equations
-and how certain each one is. Where a paper subtracts a reference KL, our default is none: this
-version has no reference policy.
+and how certain each one is. A KL inside the reward is left out everywhere.
 """
 
 from dataclasses import dataclass, field
@@ -65,8 +64,13 @@ PRESETS: dict[PresetName, Preset] = {
         settings={"policy": {"type": "ratio", "dual_clip": 3.0}, "drift": _NO_DRIFT},
     ),
     "grpo": Preset(
-        source="arXiv:2402.03300, beta = 0",
-        settings={"policy": _RATIO, "drift": _NO_DRIFT, "aggregation": _RESPONSE_MEAN},
+        source="arXiv:2402.03300 (DeepSeekMath), section 4.2",
+        settings={
+            "policy": _RATIO,
+            "drift": _NO_DRIFT,
+            "reference": {"coef": 0.04, "estimator": "k3"},
+            "aggregation": _RESPONSE_MEAN,
+        },
     ),
     "grpo_no_clip": Preset(
         source="arXiv:2505.12504, Figure 1",
@@ -106,7 +110,7 @@ PRESETS: dict[PresetName, Preset] = {
         },
     ),
     "reinforce_pp_baseline": Preset(
-        source="arXiv:2501.03262, no KL in the loss",
+        source="arXiv:2501.03262; coefficient of its KL (k2, in the loss) not established, so none",
         settings={
             "policy": _RATIO,
             "drift": _NO_DRIFT,

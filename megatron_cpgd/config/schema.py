@@ -268,3 +268,9 @@ class ExperimentConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def reference_path(self) -> Path | None:
+        """Folder of the reference policy; None if no loss asks for one."""
+        reference = self.algorithm.reference
+        return (reference.path or self.model.path) if reference.coef > 0 else None

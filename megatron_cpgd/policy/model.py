@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpgd.config.checks import check_passthrough
-from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
+from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
 from megatron_cpgd.policy.parallel import ParallelInfo
@@ -160,6 +160,23 @@ def build_chunks(
         )
         chunks.append(chunk.cuda() if on_gpu else chunk)
     return chunks
+
+
+def computation(hf: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
+    """All that the logits depend on beside the weights, by Megatron's names.
+
+    Args:
+        hf: parsed config.json; two that agree here are one architecture.
+    """
+    dtype = torch_dtype(config.precision.train)
+    transformer = build_transformer_config(hf, config.model, config.parallel, dtype)
+    fields = {
+        field.name: getattr(transformer, field.name) for field in dataclasses.fields(transformer)
+    }
+    # Functions, e.g. of the unused initialisation, are made anew for every config.
+    numbers = {name: value for name, value in fields.items() if not callable(value)}
+    own = {"vocab_size": hf["vocab_size"], "tied": hf.get("tie_word_embeddings", False)}
+    return numbers | own | _rope_arguments(hf)
 
 
 def wrap_precision(config: TransformerConfig, chunk: GPTModel) -> torch.nn.Module:

@@ -33,6 +33,7 @@ from megatron_cpgd.policy.optimizer import (
     zero_gradients,
 )
 from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.policy.reference import ReferenceWeights
 from megatron_cpgd.policy.schedule import (
     LocalTokens,
     Schedule,
@@ -110,6 +111,10 @@ class Policy:
             ),
             batch_format=config.batch.format,
         )
+        self._reference: ReferenceWeights | None = None
+        if config.reference_path is not None:
+            with HfCheckpoint.open(config.reference_path) as reference:
+                self._reference = ReferenceWeights(self._chunks, table, reference, info)
         self.optimizer_steps = 0
         """Optimizer steps so far, skipped ones included: the clock of the learning rate."""
         self.updates = 0
@@ -144,6 +149,12 @@ class Policy:
             model.train()
         _all_reduce(flat, dist.ReduceOp.SUM)
         return list(flat.split([sequence.response_length for sequence in sequences]))
+
+    def compute_reference_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
+        """As `compute_logprobs`, of the reference policy; the weights are the same afterwards."""
+        assert self._reference is not None, "no reference policy: algorithm.reference.coef is 0"
+        with self._reference.swapped_in():
+            return self.compute_logprobs(sequences)
 
     def train_step[S](
         self, sequences: Sequence[LossSequence], objective: TokenLoss[S]

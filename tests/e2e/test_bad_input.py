@@ -203,6 +203,26 @@ def test_a_setting_that_does_not_fit_is_found_before_the_engine_starts(train_as_
     train_as_rank_0(*RANK_SETTINGS[mistake])
 
 
+# Changes to the config.json of a copy of the model, and what the message has to contain.
+REFERENCES: dict[str, tuple[dict, list[str]]] = {
+    "another computation": (
+        {"rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+        ["not the architecture of model.path=", "layernorm_epsilon=0.001 instead of", "tied=True"],
+    ),
+    "other sizes": ({"intermediate_size": 8}, ["reference does not fit its config.json"]),
+    "not supported": ({"hidden_act": "gelu"}, ["config.json: hidden_act: expected silu, got gelu"]),
+}
+
+
+@pytest.mark.parametrize("mistake", REFERENCES)
+def test_another_reference_is_found_before_the_engine_starts(workplace, train_as_rank_0, mistake):
+    changes, expected = REFERENCES[mistake]
+    folder = shutil.copytree(workplace.model, workplace.folder / "reference")
+    edit_json(folder / "config.json", **changes)
+    override = f"algorithm.reference={{coef: 0.1, path: {folder}}}"
+    train_as_rank_0([override], [f"algorithm.reference.path={folder}: ", *expected])
+
+
 def test_damaged_weights_are_reported_once_by_two_ranks(workplace):
     cut_the_weights(workplace)
     launch(workplace, expected=["model.safetensors: expected", "it was cut off or damaged"])

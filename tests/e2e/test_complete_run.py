@@ -87,6 +87,11 @@ def test_trainer_and_engine_agree_on_every_log_prob(rows):
         assert row["rollout/logprob_abs_diff_max"] <= 1e-4
 
 
+def test_the_reference_is_the_policy_before_the_first_step(rows):
+    assert rows[1]["reference/kl_k1"] == rows[1]["reference/kl_k3"] == 0
+    assert all(row["reference/kl_k3"] > 0 for row in rows[2:])
+
+
 def test_the_engine_gets_new_weights_in_every_step(rows):
     assert [row["weights/version"] for row in rows[1:]] == list(STEPS)
     assert len({row["weights/digest"] for row in rows[1:]}) == len(STEPS)

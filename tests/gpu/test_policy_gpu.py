@@ -155,3 +155,19 @@ def test_a_checkpoint_continues_where_it_was_saved(saved, tmp_path):
     errors = [(a - b).abs().max() for a, b in pairs if len(a)]
     # Not 0: kernels of the backward pass may add in any order.
     assert max(errors) < 0.05
+
+
+def test_a_reference_pass_uses_pinned_memory_and_leaves_the_weights_as_they_are(saved):
+    path, _ = saved
+    reference = {"reference": {"coef": 0.1}}
+    policy = build_policy(tiny_config(path, precision={"train": "bf16"}, algorithm=reference))
+    sequences = tiny_sequences(groups=2, size=3)
+    untrained = policy.compute_logprobs(sequences)
+    policy.train_step(with_old_logprobs(sequences, untrained), OBJECTIVE)
+    trained = logprobs(policy, sequences)
+    assert torch.equal(
+        torch.cat(policy.compute_reference_logprobs(sequences)), torch.cat(untrained)
+    )
+    assert torch.equal(logprobs(policy, sequences), trained)
+    assert policy._reference is not None
+    assert all(piece.is_pinned() for _, kept in policy._reference._kept for piece in kept)

@@ -49,7 +49,12 @@ def settings(assets: Path) -> dict[str, Any]:
         "data": {"path": str(assets / "train.jsonl"), "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_response_tokens": 8},
         "rewards": {"workers": 1, "functions": [{"type": "format", "pattern": "[0-9].*"}]},
-        "algorithm": {"mini_batches": 2, "epochs": 2, "clip": {"type": "tight_to_loose"}},
+        "algorithm": {
+            "mini_batches": 2,
+            "epochs": 2,
+            "clip": {"type": "tight_to_loose"},
+            "reference": {"coef": 0.01},
+        },
         "optim": {"lr": 1e-2},
         "eval": {"every": 3, "sets": {"heldout": {"path": str(assets / "heldout.jsonl")}}},
         "checkpoint": {"every": 2, "export_every": 2, "keep": 9},

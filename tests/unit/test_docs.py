@@ -13,6 +13,7 @@ from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.algorithm.correction import correction_metrics
 from megatron_cpgd.algorithm.mismatch import compute_mismatch
 from megatron_cpgd.algorithm.objective import build_objective
+from megatron_cpgd.algorithm.reference_kl import reference_metrics
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.config.load import load_config
@@ -24,7 +25,7 @@ from tests.helpers.valid_run import write_run
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_cpgd"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METRIC = re.compile(r"(policy|rollout|reward|weights|eval|perf|time)/[a-z0-9_<>/]+")
+METRIC = re.compile(r"(policy|rollout|reward|reference|weights|eval|perf|time)/[a-z0-9_<>/]+")
 SHOWN_ONLY = {"policy/clip_frac"}
 """Made for the terminal from two others; in no row of metrics.jsonl."""
 
@@ -79,7 +80,8 @@ def test_the_scan_finds_every_name_that_a_step_returns() -> None:
         ),
     )
     returned = {
-        *statistics.finish(), *batch_metrics(batch, 1), *compute_mismatch(one, one), *correction
+        *statistics.finish(), *batch_metrics(batch, 1), *compute_mismatch(one, one), *correction,
+        *reference_metrics(one, one),
     }  # fmt: skip
     assert returned - {"reward/math_mean"} <= metrics_in_code()
 

@@ -6,7 +6,7 @@ and stands wherever the publication has a stop-gradient.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.algorithm.objective import build_loss_sequences, build_objective
-from megatron_cpgd.algorithm.reference_kl import reference_kl
+from megatron_cpgd.algorithm.reference_kl import reference_kl, reference_metrics
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.presets import PRESETS
@@ -34,6 +34,7 @@ class Batch:
     old: list[Tensor]
     rollout: list[Tensor]
     live: list[Tensor]
+    ref: list[Tensor]
 
     @property
     def lengths(self) -> Tensor:
@@ -53,6 +54,7 @@ def make_batch(lengths, rewards, *, seed, staleness=0.3, mismatch=0.3) -> Batch:
         old=old,
         rollout=[x + noise(mismatch, len(x)) for x in old],
         live=[x + noise(staleness, len(x)) for x in old],
+        ref=[x + noise(staleness, len(x)) for x in old],
     )
 
 
@@ -91,10 +93,11 @@ def loss_sequences(batch: Batch, config: AlgorithmConfig) -> list[LossSequence]:
             rollout_logprobs=rollout,
             advantage=advantage,
             old_logprobs=old,
+            ref_logprobs=ref,
         )
-        for i, (advantage, old, rollout) in enumerate(
+        for i, (advantage, old, rollout, ref) in enumerate(
             zip(advantages_of(batch, config).flatten().tolist(), batch.old, batch.rollout,
-                strict=True)
+                batch.ref, strict=True)
         )
     ]  # fmt: skip
     return build_loss_sequences(sequences, config)
@@ -136,6 +139,7 @@ class Response:
     fixed: Tensor
     old: Tensor
     rollout: Tensor
+    ref: Tensor
     A: Tensor
 
     @property
@@ -225,6 +229,11 @@ def dual_clip(x: Response) -> Tensor:
     return torch.where(x.A < 0, torch.maximum(inner, 3.0 * x.A), inner)
 
 
+def grpo(x: Response) -> Tensor:
+    q = x.ref - x.live
+    return ppo(0.2, 0.2)(x) - 0.04 * (q.exp() - q - 1)
+
+
 def gspo(x: Response) -> Tensor:
     s = (x.live - x.old).mean().exp() if len(x.live) else x.live.sum()
     return torch.minimum(s * x.A, s.clamp(1 - 3e-4, 1 + 4e-4) * x.A).expand(len(x.live))
@@ -282,7 +291,7 @@ FORMULAS = {
     "ppo_clip": (standardised, ppo(0.2, 0.2), group_token_mean),
     "ppo_clip_drift": (standardised, lambda x: ppo(0.2, 0.2)(x) - drift(x), group_token_mean),
     "dual_clip": (standardised, dual_clip, group_token_mean),
-    "grpo": (standardised, ppo(0.2, 0.2), response_mean),
+    "grpo": (standardised, grpo, response_mean),
     "grpo_no_clip": (standardised, lambda x: x.ratio * x.A, response_mean),
     "dr_grpo": (only_centred, ppo(0.2, 0.2), over_4096),
     "dapo": (standardised, ppo(0.2, 0.28), token_mean),
@@ -307,8 +316,12 @@ def published_loss(name: str, batch: Batch, live: list[Tensor], fixed: list[Tens
     estimate, objective, aggregate = FORMULAS[name]
     advantages = estimate(batch.rewards, batch.lengths).flatten()
     tokens = [
-        objective(Response(live=x, fixed=y, old=o.double(), rollout=m.double(), A=a))
-        for x, y, o, m, a in zip(live, fixed, batch.old, batch.rollout, advantages, strict=True)
+        objective(
+            Response(live=x, fixed=y, old=o.double(), rollout=m.double(), ref=f.double(), A=a)
+        )
+        for x, y, o, m, f, a in zip(
+            live, fixed, batch.old, batch.rollout, batch.ref, advantages, strict=True
+        )
     ]
     return -aggregate(tokens, len(batch.rewards))
 
@@ -378,7 +391,7 @@ def test_a_constant_on_the_rewards_of_a_group_changes_nothing(name):
     config, batch = AlgorithmConfig(preset=name), BATCHES["uneven"]
     expected = advantages_of(batch, config)
     shift = torch.tensor([[0.125], [-2.0], [8.0]])
-    batch = Batch(batch.rewards + shift, batch.old, batch.rollout, batch.live)
+    batch = replace(batch, rewards=batch.rewards + shift)
     torch.testing.assert_close(advantages_of(batch, config), expected)
 
 
@@ -491,6 +504,16 @@ def test_reference_estimators_by_hand(estimator, value, force):
     logprobs = torch.tensor([-1.0], dtype=torch.float64)
     result = reference_kl(logprobs, logprobs + math.log(2), estimator)
     assert [x.item() for x in result] == pytest.approx([value, force])
+
+
+def test_the_reference_metrics_are_means_over_the_tokens():
+    # q = ln 2 and -ln 2: k1 = -q has the mean 0, k3 = e^q - 1 - q the mean (1 + (-1/2)) / 2 = 1/4
+    logprobs = torch.tensor([-1.0, -2.0])
+    q = torch.tensor([math.log(2), -math.log(2)])
+    metrics = reference_metrics(logprobs, logprobs + q)
+    assert metrics == pytest.approx({"reference/kl_k1": 0.0, "reference/kl_k3": 0.25}, abs=1e-6)
+    assert reference_metrics(logprobs, logprobs) == {"reference/kl_k1": 0, "reference/kl_k3": 0}
+    assert reference_metrics(logprobs[:0], q[:0]) == {}
 
 
 def test_the_reference_term_is_scaled_by_beta_and_not_by_the_correction():

@@ -78,7 +78,8 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "algorithm.clip does nothing: algorithm.policy",
         ),
         (["algorithm.aggregation.length=7"], "algorithm.aggregation.length=7 does nothing"),
-        (["algorithm.reference.coef=0.04"], "algorithm.reference.coef=0.04 needs the log-probs"),
+        (["algorithm.reference.estimator=k2"], "algorithm.reference.estimator=k2 does nothing"),
+        (["algorithm.reference.path=."], "algorithm.reference.path=. does nothing while"),
         (
             ["algorithm.preset=gspo", "algorithm.clip={type: tight_to_loose}"],
             "algorithm.clip={type: tight_to_loose} has a range for each token",
@@ -128,6 +129,8 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         ["algorithm.prompt_weight={type: clip_filter, max_weight: 2}"],
         [ONE_STEP, NO_CLIP, NO_DRIFT, "algorithm.policy={type: joint_weight}"],
         ["algorithm.preset=grpo", "algorithm.epochs=2", NO_CLIP],
+        ["algorithm.preset=grpo", "algorithm.reference.coef=0"],
+        ["algorithm.reference={coef: 0.001, estimator: k2}"],
         ["algorithm.preset=reinforce_pp", "rollout.samples_per_prompt=1"],
         ["algorithm.preset=dr_grpo", "algorithm.aggregation.length=7"],
         [TIS, "algorithm.rejection={veto: 1e-4, geometric_low: 0.99, geometric_high: 1.01}"],

@@ -116,3 +116,19 @@ def test_the_tokenizer_may_lie_elsewhere(check, tmp_path):
     assert check(f"model.path={folder}", f"model.tokenizer={tmp_path / 'model'}") == []
     (problem,) = check(f"model.tokenizer={tmp_path / 'nowhere'}")
     assert problem.startswith("model.tokenizer=")
+
+
+def test_the_reference_needs_weights_of_a_supported_model_but_no_tokenizer(check, tmp_path):
+    def problems_of(folder):
+        return check("algorithm.reference.coef=0.1", f"algorithm.reference.path={folder}")
+
+    folder = write_model_folder(tmp_path / "reference")
+    (folder / "tokenizer.json").unlink()
+    assert problems_of(folder) == []
+    (problem,) = problems_of("models/deep/nowhere")
+    assert problem.startswith("algorithm.reference.path=models/deep/nowhere: no such folder")
+    write_model_folder(folder, model_type="gemma3")
+    (folder / "model.safetensors").unlink()
+    no_weights, not_supported = problems_of(folder)
+    assert no_weights == f"algorithm.reference.path={folder}: has no *.safetensors files"
+    assert not_supported.startswith(f"algorithm.reference.path={folder}: model_type 'gemma3' is")
