@@ -13,10 +13,12 @@ from megatron_cpgd.algorithm.objective import (
     has_epoch_weights,
     old_logprobs,
     old_minus_rollout,
+    searched_clip,
     set_epoch_weights,
     without_loss,
 )
 from megatron_cpgd.algorithm.reference_kl import reference_metrics
+from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.policy.policy import StepResult
@@ -115,10 +117,25 @@ def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, 
             set_epoch_weights(sequences, epoch_start, config.clip)
         for groups in split_mini_batches(run.config.rollout.prompts_per_step, config.mini_batches):
             mini_batch = [sequence for sequence in sequences if sequence.group in groups]
-            loss_sequences = build_loss_sequences(mini_batch, config)
+            settled, clip_range = _settle_clip(run, mini_batch)
+            loss_sequences = build_loss_sequences(mini_batch, settled)
             results.append(run.policy.train_step(loss_sequences, objective))
+            results[-1].metrics.update(clip_range)
             note_skipped(run, results[-1].skipped, step)
     return _mean_metrics(results)
+
+
+def _settle_clip(
+    run: Run, mini_batch: list[TrainSequence]
+) -> tuple[AlgorithmConfig, dict[str, float]]:
+    """The settings of one optimizer step, and the clip range if it had to be searched for."""
+    config = run.config.algorithm
+    if not isinstance(config.clip, BalancedClip):
+        return config, {}
+    live = run.policy.compute_logprobs(without_loss(mini_batch))
+    clip = searched_clip(mini_batch, live, config.clip)
+    bounds = {"policy/clip_low": 1.0 - clip.low, "policy/clip_high": 1.0 + clip.high}
+    return config.model_copy(update={"clip": clip}), bounds
 
 
 def _mean_metrics(results: list[StepResult]) -> dict[str, Any]:

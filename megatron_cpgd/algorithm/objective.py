@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cpgd.algorithm.aggregation import response_coefficients
+from megatron_cpgd.algorithm.balanced_clip import balanced_bounds
 from megatron_cpgd.algorithm.coefficients import log_clip_bounds, truncated_epoch_weight
 from megatron_cpgd.algorithm.correction import correction_weights
 from megatron_cpgd.algorithm.cpgd import drift_weight, log_ratio_term
@@ -45,6 +46,7 @@ from megatron_cpgd.algorithm.sequences import Sequences
 from megatron_cpgd.algorithm.surrogate import Term, TokenInputs, masked, surrogate_loss
 from megatron_cpgd.config.algorithm import (
     AlgorithmConfig,
+    BalancedClip,
     CappedWeightTerm,
     Clip,
     ConstantClip,
@@ -240,11 +242,28 @@ def set_epoch_weights(
     Args:
         logprobs: [T] each, of the policy at the start of the epoch.
     """
-    assert not isinstance(clip, NoClip), "the configuration refuses epochs > 1 without a clip range"
+    assert isinstance(clip, ConstantClip | TightToLooseClip), "epochs > 1 without a fixed range"
     for sequence, current in zip(sequences, logprobs, strict=True):
         sequence.epoch_weight = truncated_epoch_weight(
             current, old_logprobs(sequence), low=clip.low, high=clip.high
         )
+
+
+def searched_clip(
+    sequences: Sequence[TrainSequence], logprobs: Sequence[Tensor], clip: BalancedClip
+) -> ConstantClip:
+    """The clip range of ONE optimizer step, balanced under the live policy.
+
+    Args:
+        sequences: all responses to the step's prompts, `old_logprobs` set.
+        logprobs: [T] each, of the live policy.
+    """
+    advantages = [torch.full((len(s.response_ids),), s.advantage) for s in sequences]
+    old = [old_logprobs(sequence) for sequence in sequences]
+    low, high = balanced_bounds(
+        torch.cat(list(logprobs)), torch.cat(old), torch.cat(advantages), clip
+    )
+    return ConstantClip(low=1.0 - low, high=high - 1.0)
 
 
 def _inputs(logprobs: Tensor, tokens: Tokens) -> TokenInputs:
@@ -294,9 +313,10 @@ def _loss_sequence(
     )
 
 
-def _clip_tensors(length: int, clip: ConstantClip | TightToLooseClip | NoClip) -> Tokens:
+def _clip_tensors(length: int, clip: Clip) -> Tokens:
     if isinstance(clip, NoClip):
         return {}
+    assert not isinstance(clip, BalancedClip), "search the range of this optimizer step first"
     start = clip.start if isinstance(clip, TightToLooseClip) else 1.0
     low, high = log_clip_bounds(length, low=clip.low, high=clip.high, start=start)
     return {"log_clip_low": low, "log_clip_high": high}

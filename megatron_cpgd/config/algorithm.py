@@ -32,13 +32,36 @@ class TightToLooseClip(Config):
     """lambda of the paper; 1 is a constant clip. The paper does not publish a value."""
 
 
+class BalancedClip(Config):
+    """BAPO: a range of the ratio, searched before every optimizer step such that tokens with A > 0
+    have a share of PPO's objective. Takes one more pass without gradient per optimizer step."""
+
+    type: Literal["balanced"]
+    low_start: float = Field(0.6, gt=0, lt=1)
+    """Lower bound of the ratio where the search starts (a-)."""
+    low_end: float = Field(0.9, gt=0, lt=1)
+    """Largest lower bound (b-)."""
+    low_step: float = Field(0.02, gt=0)
+    """Step of the lower bound (delta_2); it rises when the upper one cannot any more."""
+    high_start: float = Field(1.2, gt=1)
+    """Upper bound of the ratio where the search starts (a+)."""
+    high_end: float = Field(3.0, gt=1)
+    """Largest upper bound (b+)."""
+    high_step: float = Field(0.05, gt=0)
+    """Step of the upper bound (delta_1)."""
+    positive_share: float = Field(0.4, gt=0, lt=1)
+    """The search ends when tokens with A > 0 have this share (rho_0)."""
+
+
 class NoClip(Config):
     """No clipping: PG, or PGD with a drift."""
 
     type: Literal["none"]
 
 
-Clip = Annotated[ConstantClip | TightToLooseClip | NoClip, Field(discriminator="type")]
+Clip = Annotated[
+    ConstantClip | TightToLooseClip | BalancedClip | NoClip, Field(discriminator="type")
+]
 
 
 class DriftConfig(Config):

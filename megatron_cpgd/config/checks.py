@@ -12,6 +12,7 @@ from typing import Any
 from megatron_cpgd.config.algorithm import (
     AggregationConfig,
     AlgorithmConfig,
+    BalancedClip,
     DriftConfig,
     PromptWeightConfig,
     RejectionConfig,
@@ -142,12 +143,30 @@ def _objective(config: ExperimentConfig) -> Iterator[str]:
             "algorithm.policy.type=sequence_ratio clips one ratio per response; use "
             "{type: constant}"
         )
+    if isinstance(algorithm.clip, BalancedClip):
+        yield from _balanced_clip(algorithm.clip, policy)
     buffer = algorithm.advantage.overlong_buffer_tokens
     if buffer is not None and buffer > rollout.max_response_tokens:
         yield (
             f"algorithm.advantage.overlong_buffer_tokens={buffer} must be <= "
             f"rollout.max_response_tokens={rollout.max_response_tokens}"
         )
+
+
+def _balanced_clip(clip: BalancedClip, policy: str) -> Iterator[str]:
+    if policy != "ratio" and policy not in _WITHOUT_CLIP_RANGE:
+        yield (
+            "algorithm.clip={type: balanced} balances the policy term `ratio`, but "
+            f"algorithm.policy.type={policy}; set algorithm.policy={{type: ratio}} or another clip"
+        )
+    for side in ("low", "high"):
+        start, end = getattr(clip, f"{side}_start"), getattr(clip, f"{side}_end")
+        step = getattr(clip, f"{side}_step")
+        if (end - start) / step + 1e-6 < 1:
+            yield (
+                f"algorithm.clip.{side}_start={start} and .{side}_end={end} leave no room for one "
+                f"{side}_step={step}; set {side}_end >= {side}_start + {side}_step"
+            )
 
 
 def _sampler_correction(config: ExperimentConfig) -> Iterator[str]:

@@ -12,7 +12,7 @@ PresetName = Literal[
     "ppo_clip", "ppo_clip_drift", "dual_clip",
     "grpo", "grpo_no_clip", "dr_grpo", "dapo",
     "reinforce_pp", "reinforce_pp_baseline", "rloo", "gpg",
-    "gspo", "cispo", "gmpo", "sapo", "minirl", "vespo", "minpro", "dppo_tv",
+    "gspo", "cispo", "gmpo", "sapo", "minirl", "vespo", "minpro", "dppo_tv", "bapo",
 ]  # fmt: skip
 
 
@@ -210,6 +210,15 @@ PRESETS: dict[PresetName, Preset] = {
             "clip": _NO_CLIP,
             "drift": _NO_DRIFT,
             "aggregation": _TOKEN_MEAN,
+        },
+    ),
+    "bapo": Preset(
+        source="arXiv:2510.18927, Algorithm 1 and section 5.1, on GRPO",
+        settings={
+            "policy": _RATIO,
+            "clip": {"type": "balanced"},
+            "drift": _NO_DRIFT,
+            "aggregation": _RESPONSE_MEAN,
         },
     ),
 }

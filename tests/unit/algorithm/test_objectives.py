@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
-from megatron_cpgd.algorithm.objective import build_loss_sequences, build_objective
+from megatron_cpgd.algorithm.objective import (
+    build_loss_sequences,
+    build_objective,
+    searched_clip,
+)
 from megatron_cpgd.algorithm.reference_kl import reference_kl, reference_metrics
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
-from megatron_cpgd.config.algorithm import AlgorithmConfig
+from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.config.presets import PRESETS
 from megatron_cpgd.types import LossSequence, TrainSequence
 
@@ -100,6 +104,9 @@ def loss_sequences(batch: Batch, config: AlgorithmConfig) -> list[LossSequence]:
                 batch.ref, strict=True)
         )
     ]  # fmt: skip
+    if isinstance(config.clip, BalancedClip):
+        clip = searched_clip(sequences, batch.live, config.clip)
+        config = config.model_copy(update={"clip": clip})
     return build_loss_sequences(sequences, config)
 
 
@@ -141,6 +148,7 @@ class Response:
     rollout: Tensor
     ref: Tensor
     A: Tensor
+    bapo_range: tuple[float, float]
 
     @property
     def ratio(self) -> Tensor:
@@ -275,6 +283,33 @@ def dppo(x: Response) -> Tensor:
     return x.fixed_ratio.clamp(max=20.0) * ~masked * x.A * x.live
 
 
+def bapo(x: Response) -> Tensor:
+    low, high = x.bapo_range
+    return torch.minimum(x.ratio * x.A, x.ratio.clamp(low, high) * x.A)
+
+
+def find_bapo_range(batch: Batch, live: list[Tensor], advantages: Tensor) -> tuple[float, float]:
+    """Algorithm 1 line by line, in hundredths: a- = 60, b- = 90, a+ = 120, b+ = 300."""
+    low, high = 60, 120
+
+    def contribution() -> float:
+        tokens = [
+            (math.exp(p) * min(max(math.exp(q - p), low / 100), high / 100) * a.item(),
+             math.exp(q) * a.item())
+            for old, new, a in zip(batch.old, live, advantages, strict=True)
+            for p, q in zip(old.tolist(), new.tolist(), strict=True)
+        ]  # fmt: skip
+        least = [min(pair) for pair in tokens]
+        return sum(x for x in least if x > 0) / sum(map(abs, least))
+
+    while contribution() < 0.4 and low + 2 <= 90:
+        if high + 5 <= 300:
+            high += 5
+        else:
+            low += 2
+    return low / 100, high / 100
+
+
 def cpgd_tis(x: Response) -> Tensor:
     rho = (x.old - x.rollout).exp()
     keep = bool((rho >= 1e-4).all())
@@ -309,20 +344,23 @@ FORMULAS = {
     "vespo": (standardised, vespo, token_mean),
     "minpro": (standardised, minpro, token_mean),
     "dppo_tv": (standardised, dppo, token_mean),
+    "bapo": (standardised, bapo, response_mean),
 }  # fmt: skip
 
 
 def published_loss(name: str, batch: Batch, live: list[Tensor], fixed: list[Tensor]) -> Tensor:
     estimate, objective, aggregate = FORMULAS[name]
     advantages = estimate(batch.rewards, batch.lengths).flatten()
+    bapo_range = find_bapo_range(batch, fixed, advantages) if name == "bapo" else (0, 0)
     tokens = [
-        objective(
-            Response(live=x, fixed=y, old=o.double(), rollout=m.double(), ref=f.double(), A=a)
-        )
+        objective(Response(
+            live=x, fixed=y, old=o.double(), rollout=m.double(), ref=f.double(), A=a,
+            bapo_range=bapo_range,
+        ))
         for x, y, o, m, f, a in zip(
             live, fixed, batch.old, batch.rollout, batch.ref, advantages, strict=True
         )
-    ]
+    ]  # fmt: skip
     return -aggregate(tokens, len(batch.rewards))
 
 

@@ -85,6 +85,26 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "algorithm.clip={type: tight_to_loose} has a range for each token",
         ),
         (
+            ["algorithm.preset=gspo", "algorithm.clip={type: balanced}"],
+            "algorithm.clip={type: balanced} balances the policy term `ratio`, but algorithm.pol",
+        ),
+        (
+            ["algorithm.clip={type: balanced}", "algorithm.epochs=2"],
+            "algorithm.clip={type: balanced} balances the policy term `ratio`, but algorithm.pol",
+        ),
+        (
+            ["algorithm.preset=cispo", "algorithm.clip={type: balanced}"],
+            "algorithm.clip does nothing: algorithm.policy",
+        ),
+        (
+            ["algorithm.preset=bapo", "algorithm.clip.low_start=0.9"],
+            "algorithm.clip.low_start=0.9 and .low_end=0.9 leave no room for one low_step=0.02",
+        ),
+        (
+            ["algorithm.preset=bapo", "algorithm.clip.high_end=1.1"],
+            "algorithm.clip.high_start=1.2 and .high_end=1.1 leave no room for one high_step=0.05",
+        ),
+        (
             ["algorithm.preset=minirl", "algorithm.correction={type: truncate}"],
             "algorithm.correction={type: truncate} counts the difference to the sampler twice",
         ),
@@ -132,6 +152,7 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         ["algorithm.preset=grpo", "algorithm.reference.coef=0"],
         ["algorithm.reference={coef: 0.001, estimator: k2}"],
         ["algorithm.preset=reinforce_pp", "rollout.samples_per_prompt=1"],
+        ["algorithm.preset=bapo", "algorithm.epochs=2", "algorithm.clip.low_start=0.88"],
         ["algorithm.preset=dr_grpo", "algorithm.aggregation.length=7"],
         [TIS, "algorithm.rejection={veto: 1e-4, geometric_low: 0.99, geometric_high: 1.01}"],
         ["rollout.logprob_diff_limit=0.1"],

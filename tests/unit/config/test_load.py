@@ -192,7 +192,8 @@ def test_nothing_is_concluded_from_the_default_of_an_invalid_setting(run_yaml):
         ("rewards.functions=[]", "rewards.functions: must be a list with at least 1 item, got []"),
         (
             "algorithm.clip.type=soft",
-            "algorithm.clip.type: must be one of 'constant', 'tight_to_loose', 'none', got 'soft'",
+            "algorithm.clip.type: must be one of 'constant', 'tight_to_loose', "
+            "'balanced', 'none', got 'soft'",
         ),
         (
             "rewards.functions=[{weight: 1}]",
