@@ -54,10 +54,13 @@ def test_a_step_that_would_pass_a_limit_is_not_made():
     assert bounds(TOKENS, clip(**settings)) == pytest.approx((0.75, 1.4))
 
 
-def test_the_defaults_reach_their_limits_in_spite_of_rounding():
-    # .6 + .02 + .02 + ... is .9000000000000002 after 15 steps
-    found = bounds([(0.5, 1.0, -1.0)], BalancedClip(type="balanced"))
+def test_the_limits_are_reached_in_spite_of_rounding():
+    # .6 + .02 + .02 + ... is .9000000000000002 after 15 steps, and (.9 - .8) / .1 is below 1
+    never_met = [(0.5, 1.0, -1.0)]
+    found = bounds(never_met, BalancedClip(type="balanced"))
     assert found == pytest.approx((0.9, 3.0), abs=1e-12)
+    found = bounds(never_met, clip(low_start=0.8, low_end=0.9))
+    assert found == pytest.approx((0.9, 1.6), abs=1e-12)
 
 
 @pytest.mark.parametrize(
