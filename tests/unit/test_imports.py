@@ -7,7 +7,7 @@ import megatron_cpgd
 
 PACKAGE = Path(megatron_cpgd.__file__).parent
 ROWS = (
-    {"cli"},
+    {"cli", "study"},
     {"train", "evaluate"},
     {"run"},
     {"batch_queue"},
