@@ -194,12 +194,13 @@ def _check_model(config: ExperimentConfig) -> None:
 def _longest_wait(config: ExperimentConfig) -> timedelta:
     """Of the other ranks for rank 0, whose waits for the engine have deadlines of their own.
 
-    In one collective's wait fall the start of the engine or a refresh, all evaluations, the
-    generation of a batch and of those that are to wait, and the rewards.
+    In one collective's wait fall the start of the engine or a refresh, all evaluations, and the
+    generations and rewards of a step and of those that are to wait.
     """
-    calls = 2 + len(config.eval.sets) + config.rollout.staleness
+    batches = (1 + config.rollout.staleness) * (config.algorithm.filter.max_batches or 1)
+    calls = 1 + batches + len(config.eval.sets)
     engine = config.rollout.start_timeout_s + calls * config.rollout.step_timeout_s
-    return timedelta(seconds=engine, hours=1)
+    return timedelta(seconds=engine, hours=batches)
 
 
 def _require_one_host() -> None:

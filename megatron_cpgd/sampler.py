@@ -1,7 +1,8 @@
 """Rank 0's side of a step: prompts to responses to rewards to weighted advantages."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -10,35 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages, overlong_penalty
+from megatron_cpgd.algorithm.advantages import (
+    Advantages,
+    compute_advantages,
+    equal_rewards,
+    overlong_penalty,
+)
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
 from megatron_cpgd.data.stream import PromptStream
 from megatron_cpgd.errors import DataError
-from megatron_cpgd.rewards.base import RewardRequest, RewardResult
+from megatron_cpgd.rewards.base import RewardRequest, RewardResult, join_results
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """One rollout batch with everything that rank 0 knows about it."""
+    """What one step trains on, and what is to be said of all that was sampled for it."""
 
     groups: list[RolloutGroup]
-    rewards: RewardResult
-    """Flat, response after response."""
+    """May be empty: a filter may leave none."""
+    rewards: list[list[float]]
+    """[P, G] weighted sums."""
+    reward_parts: dict[str, list[list[float]]]
+    """Reward function -> [P, G], unweighted."""
     advantages: Advantages
-
-    @property
-    def group_size(self) -> int:
-        return len(self.groups[0].rollouts)
-
-    def per_group(self, values: Sequence[float]) -> list[list[float]]:
-        """A flat list of the batch as [P, G]."""
-        return torch.tensor(values, dtype=torch.float64).view(-1, self.group_size).tolist()
+    version: int
+    """Of the weights that sampled it."""
+    metrics: dict[str, float]
+    """Of all that was sampled, also of what is not trained on."""
 
 
 class Prompts:
@@ -77,6 +84,66 @@ class Prompts:
         )
 
 
+class SampledResponses:
+    """All responses that were sampled for a step, without their tokens; flat, in order."""
+
+    def __init__(self, group_size: int) -> None:
+        """None yet."""
+        self.lengths: list[int] = []
+        self._truncated: list[bool] = []
+        self._rewards: list[RewardResult] = []
+        self._group_size = group_size
+
+    @property
+    def batches(self) -> int:
+        """Batches of prompts."""
+        return len(self._rewards)
+
+    def add(self, groups: Sequence[RolloutGroup], rewards: RewardResult) -> list[bool]:
+        """The responses to one batch of prompts; returns which groups have equal rewards."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self.lengths += [len(rollout.token_ids) for rollout in rollouts]
+        self._truncated += [rollout.finish_reason == "length" for rollout in rollouts]
+        self._rewards.append(rewards)
+        return equal_rewards(self.per_group(rewards.total)).tolist()
+
+    def rewards(self) -> RewardResult:
+        """Of all responses."""
+        return join_results(self._rewards)
+
+    def per_group(self, values: Sequence[float]) -> Tensor:
+        """[groups, G] float64 of a flat list."""
+        return torch.tensor(values, dtype=torch.float64).view(-1, self._group_size)
+
+    def metrics(self, kept: Sequence[int]) -> dict[str, float]:
+        """Of all responses: over `kept` alone a filter would move the rewards to the middle.
+
+        Args:
+            kept: places of the groups that are trained on.
+        """
+        result = self.rewards()
+        rewards, lengths = self.per_group(result.total), self.per_group(self.lengths)
+        equal = equal_rewards(rewards)
+        dropped = torch.ones_like(equal)
+        dropped[list(kept)] = False
+        return {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std(correction=0).item(),
+            "reward/accuracy": accuracy(result),
+            "reward/timeouts": result.timeouts,
+            "reward/errors": result.errors,
+            "reward/zero_variance_frac": equal.double().mean().item(),
+            "rollout/sampled_batches": self.batches,
+            "rollout/filtered_groups": int((dropped & equal).sum()),
+            "rollout/surplus_groups": int((dropped & ~equal).sum()),
+            "rollout/response_tokens": lengths.sum().item(),
+            "rollout/response_tokens_mean": lengths.mean().item(),
+            "rollout/response_tokens_max": lengths.max().item(),
+            "rollout/truncated_frac": fmean(self._truncated),
+            **{f"reward/{name}_mean": fmean(values) for name, values in result.columns.items()},
+        }
+
+
 class Sampler:
     """Generates and scores rollouts; owns the reward workers."""
 
@@ -92,30 +159,54 @@ class Sampler:
         )
 
     def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
-        """The next batch of the run, by the weights `version`."""
-        with timer("generate"):
-            groups = self.generate(version)
+        """The batch of one step, scored and filtered.
+
+        With dynamic sampling, batches of prompts follow each other until there are enough groups of
+        unequal rewards; the first ones are kept. A prompt may then occur twice in a step, as two
+        groups, if an epoch ends in between.
+
+        Args:
+            version: of the weights that produce it.
+            timer: gets the parts `generate` and `score`.
+        """
+        rollout, limit = self._config.rollout, self._config.algorithm.filter.max_batches
+        wanted = rollout.prompts_per_step
+        sampled = SampledResponses(rollout.samples_per_prompt)
+        groups: list[RolloutGroup] = []
+        kept: list[int] = []  # their places among all that were sampled
+        while len(groups) < wanted and sampled.batches < (limit or 1):
+            with timer("generate"):
+                new = self._next_groups(version)
+            with timer("score"):
+                rewards = self._score(new)
+            equal = sampled.add(new, rewards)
+            chosen = [i for i in range(wanted) if limit is None or not equal[i]]
+            chosen = chosen[: wanted - len(groups)]
+            groups += [new[i] for i in chosen]  # the tokens of the others are let go
+            kept += [(sampled.batches - 1) * wanted + i for i in chosen]
+        if len(groups) < wanted and (limit != 1 or not groups):
+            logger.warning(
+                "weights of step %d: %d of %d sampled groups have unequal rewards, training on "
+                "them instead of %d (algorithm.filter.max_batches=%d); prompts that are neither "
+                "too easy nor too hard would give more",
+                version, len(groups), sampled.batches * wanted, wanted, limit,
+            )  # fmt: skip
         with timer("score"):
-            return self.score(groups)
-
-    def generate(self, version: int) -> list[RolloutGroup]:
-        """All responses to the next prompts."""
-        rollout, stream = self._config.rollout, self._prompts.stream
-        prompts = [self._prompts.train[i] for i in stream.next_batch()]
-        size = rollout.samples_per_prompt
-        # One stream per response of the whole run: a resumed run samples the same.
-        first = (self._config.run.seed << 40) + stream.batches * len(prompts) * size
-        sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
-        return self._generate(prompts, sampling, seed=first, version=version)
-
-    def score(self, groups: Sequence[RolloutGroup]) -> ScoredBatch:
-        """Rewards of all responses, and their advantages."""
-        rewards = self._score(groups)
-        advantages = self._advantages(
-            torch.tensor(rewards.total).view(len(groups), -1),
-            torch.tensor([[len(each.token_ids) for each in group.rollouts] for group in groups]),
-        )
-        return ScoredBatch(groups=list(groups), rewards=rewards, advantages=advantages)
+            rewards = sampled.rewards()
+            return ScoredBatch(
+                groups=groups,
+                rewards=sampled.per_group(rewards.total)[kept].tolist(),
+                reward_parts={
+                    name: sampled.per_group(values)[kept].tolist()
+                    for name, values in rewards.columns.items()
+                },
+                advantages=self._advantages(
+                    sampled.per_group(rewards.total)[kept].float(),
+                    sampled.per_group(sampled.lengths)[kept].long(),
+                ),
+                version=version,
+                metrics=sampled.metrics(kept),
+            )
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Accuracy and response length on every evaluation set."""
@@ -137,6 +228,16 @@ class Sampler:
     def close(self) -> None:
         """End the workers."""
         self._rewards.close()
+
+    def _next_groups(self, version: int) -> list[RolloutGroup]:
+        """All responses to the next batch of prompts."""
+        rollout, stream = self._config.rollout, self._prompts.stream
+        prompts = [self._prompts.train[i] for i in stream.next_batch()]
+        size = rollout.samples_per_prompt
+        # One stream per response of the whole run: a resumed run samples the same.
+        first = (self._config.run.seed << 40) + stream.batches * len(prompts) * size
+        sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
+        return self._generate(prompts, sampling, seed=first, version=version)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, version: int
@@ -247,6 +348,7 @@ def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
             response_ids=torch.tensor(rollout.token_ids, dtype=torch.int64),
             rollout_logprobs=torch.tensor(rollout.logprobs, dtype=torch.float32),
             advantage=advantage,
+            truncated=rollout.finish_reason == "length",
         )
         for i, (group, row) in enumerate(
             zip(batch.groups, batch.advantages.values.tolist(), strict=True)
@@ -257,25 +359,9 @@ def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
 
 def batch_metrics(batch: ScoredBatch, step: int) -> dict[str, float]:
     """What the batch of a step says before any training on it."""
-    rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts]).double()
-    rewards = torch.tensor(batch.rewards.total, dtype=torch.float64)
+    weights = batch.advantages.prompt_weight.double()
     return {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(correction=0).item(),
-        "reward/accuracy": accuracy(batch.rewards),
-        "reward/timeouts": batch.rewards.timeouts,
-        "reward/errors": batch.rewards.errors,
-        "reward/zero_variance_frac": batch.advantages.zero_variance.double().mean().item(),
-        "reward/prompt_weight_mean": batch.advantages.prompt_weight.double().mean().item(),
-        "rollout/response_tokens": lengths.sum().item(),
-        "rollout/response_tokens_mean": lengths.mean().item(),
-        "rollout/response_tokens_max": lengths.max().item(),
-        "rollout/staleness": fmean(step - 1 - r.weight_version for r in rollouts),
-        "rollout/truncated_frac": fmean(r.finish_reason == "length" for r in rollouts),
-        **_column_means(batch.rewards.columns),
+        **batch.metrics,
+        **({"reward/prompt_weight_mean": weights.mean().item()} if batch.groups else {}),
+        "rollout/staleness": step - 1 - batch.version,
     }
-
-
-def _column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    return {f"reward/{name}_mean": fmean(values) for name, values in columns.items()}

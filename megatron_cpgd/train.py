@@ -8,9 +8,11 @@ from megatron_cpgd.algorithm.coefficients import split_mini_batches
 from megatron_cpgd.algorithm.correction import correction_metrics
 from megatron_cpgd.algorithm.mismatch import compute_mismatch
 from megatron_cpgd.algorithm.objective import (
+    bears_loss,
     build_loss_sequences,
     build_objective,
     has_epoch_weights,
+    mask_metrics,
     old_logprobs,
     old_minus_rollout,
     searched_clip,
@@ -74,6 +76,8 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
     Raises:
         WeightSyncError: on every rank, the two do not compute the same model.
     """
+    if not sequences:
+        return {}
     if run.config.algorithm.old_policy == "sampler":
         for sequence in sequences:
             sequence.old_logprobs = sequence.rollout_logprobs
@@ -107,22 +111,29 @@ def _set_ref_logprobs(run: Run, sequences: list[TrainSequence]) -> dict[str, flo
 
 
 def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
-    """All optimizer steps on one rollout batch; returns the means of their metrics."""
+    """All optimizer steps on one rollout batch; returns the means of their metrics.
+
+    A mini-batch without loss is no optimizer step with a gradient of 0, which would still decay
+    Adam's moments and the weights. All ranks have the same sequences, so they agree on it.
+    """
     config = run.config.algorithm
     objective = build_objective(config)
     results: list[StepResult] = []
+    num_groups = len({sequence.group for sequence in sequences})
     for epoch in range(config.epochs):
         if epoch > 0 and has_epoch_weights(config):
             epoch_start = run.policy.compute_logprobs(without_loss(sequences))
             set_epoch_weights(sequences, epoch_start, config.clip)
-        for groups in split_mini_batches(run.config.rollout.prompts_per_step, config.mini_batches):
+        for groups in split_mini_batches(num_groups, config.mini_batches):
             mini_batch = [sequence for sequence in sequences if sequence.group in groups]
+            if not any(bears_loss(sequence, config) for sequence in mini_batch):
+                continue
             settled, clip_range = _settle_clip(run, mini_batch)
             loss_sequences = build_loss_sequences(mini_batch, settled)
             results.append(run.policy.train_step(loss_sequences, objective))
             results[-1].metrics.update(clip_range)
             note_skipped(run, results[-1].skipped, step)
-    return _mean_metrics(results)
+    return _mean_metrics(results) | mask_metrics(sequences, config)
 
 
 def _settle_clip(
@@ -132,8 +143,9 @@ def _settle_clip(
     config = run.config.algorithm
     if not isinstance(config.clip, BalancedClip):
         return config, {}
-    live = run.policy.compute_logprobs(without_loss(mini_batch))
-    clip = searched_clip(mini_batch, live, config.clip)
+    trained = [sequence for sequence in mini_batch if bears_loss(sequence, config)]
+    live = run.policy.compute_logprobs(without_loss(trained))
+    clip = searched_clip(trained, live, config.clip)
     bounds = {"policy/clip_low": 1.0 - clip.low, "policy/clip_high": 1.0 + clip.high}
     return config.model_copy(update={"clip": clip}), bounds
 
@@ -142,7 +154,10 @@ def _mean_metrics(results: list[StepResult]) -> dict[str, Any]:
     """Means over the optimizer steps that were made; extremes stay extremes."""
     made = [result for result in results if result.skipped is None]
     skipped = [result.skipped for result in results if result.skipped is not None]
-    metrics: dict[str, Any] = {"policy/skipped_steps": len(skipped)}
+    metrics: dict[str, Any] = {
+        "policy/optimizer_steps": len(made),
+        "policy/skipped_steps": len(skipped),
+    }
     if skipped:
         metrics["policy/skipped_reason"] = skipped[-1]
     if not made:
@@ -196,10 +211,8 @@ def _write_rollouts(run: Run, step: int, batch: ScoredBatch) -> None:
     write_rollouts(
         run.folder.rollouts(step),
         batch.groups,
-        rewards=batch.per_group(batch.rewards.total),
-        reward_parts={
-            name: batch.per_group(values) for name, values in batch.rewards.columns.items()
-        },
+        rewards=batch.rewards,
+        reward_parts=batch.reward_parts,
         advantages=batch.advantages.values.tolist(),
         limit=run.config.tracking.rollouts_per_step,
     )

@@ -63,6 +63,8 @@ class TrainSequence:
     """[T] float32, as the engine reported them."""
     advantage: float
     """A_omega: centred in the group and weighted."""
+    truncated: bool
+    """Whether the response was cut at the token limit."""
     old_logprobs: Tensor | None = None
     """[T] float32, log pi_old under Megatron; set by the old-log-prob pass."""
     ref_logprobs: Tensor | None = None

@@ -22,8 +22,6 @@ class Advantages:
     batch was whitened."""
     prompt_weight: Tensor
     """[P] float32, omega. A group of equal rewards has 1 under `std`; nothing depends on it."""
-    zero_variance: Tensor
-    """[P] bool, True where all rewards of the group are equal."""
 
 
 def compute_advantages(
@@ -36,11 +34,10 @@ def compute_advantages(
 ) -> Advantages:
     """Advantages of one whole rollout batch: weights and whitening look at all of it.
 
-    Rewards are rounded to float32 first, so that sums like 0.1 + 0.2 and 0.3 count as equal: their
-    difference of 6e-17, divided by the standard deviation, would be an advantage of order 1.
+    Rewards are rounded to float32 first, see `equal_rewards`.
 
     Args:
-        rewards: [P, G] real, one row per prompt.
+        rewards: [P, G] real, one row per prompt; P may be 0.
         prompt_weight: omega(x). `equal`: 1; `std`: 1 / standard deviation of the group (divisor
             G - 1); `clip_filter`: min(max_weight, P / groups with unequal rewards), one number
             for the batch, 1 if there is no such group.
@@ -56,8 +53,7 @@ def compute_advantages(
             that is not finite.
     """
     rewards = _checked(rewards, least=1 if baseline == "none" else 2)
-    # Not std == 0: a mean taken as sum * (1 / G), as some kernels do, is a bit off equal numbers.
-    zero_variance = rewards.amax(dim=1) == rewards.amin(dim=1)
+    zero_variance = equal_rewards(rewards)
     centred = rewards
     if baseline != "none":
         centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -72,8 +68,18 @@ def compute_advantages(
     return Advantages(
         values=values.float(),
         prompt_weight=weight.float(),
-        zero_variance=zero_variance,
     )
+
+
+def equal_rewards(rewards: Tensor) -> Tensor:
+    """[P] bool, True where all rewards of a group are equal; `rewards` is [P, G] real.
+
+    They are compared as float32, so that sums like 0.1 + 0.2 and 0.3 count as equal: their
+    difference of 6e-17, divided by the standard deviation, would be an advantage of order 1.
+    """
+    rounded = rewards.float()
+    # Not std == 0: a mean taken as sum * (1 / G), as some kernels do, is a bit off equal numbers.
+    return rounded.amax(dim=1) == rounded.amin(dim=1)
 
 
 def overlong_penalty(lengths: Tensor, *, max_tokens: int, buffer_tokens: int) -> Tensor:
@@ -97,7 +103,7 @@ def _whitened(values: Tensor, lengths: Tensor) -> Tensor:
 
 def _checked(rewards: Tensor, *, least: int) -> Tensor:
     """The rewards in float64, rounded to float32 precision."""
-    if rewards.ndim != 2 or rewards.shape[0] == 0:
+    if rewards.ndim != 2:
         raise ValueError(
             f"rewards: expected [prompts, rollouts per prompt], got shape {list(rewards.shape)}"
         )
@@ -123,7 +129,7 @@ def _prompt_weight(
 ) -> Tensor:
     """omega: [P] float64."""
     ones = torch.ones_like(rewards[:, 0])
-    if kind == "equal":
+    if kind == "equal" or not len(rewards):
         return ones
     if kind == "std":
         return ones / rewards.std(dim=1, correction=1).masked_fill(zero_variance, 1.0)

@@ -10,8 +10,8 @@ ranks and micro-batches can change the gradient. With T_k the loss-bearing token
     sequence_sum_over_length  1 / (responses * a constant length)     Dr. GRPO
 
 Responses without a token are not counted as responses; a group without a token still counts as a
-prompt. Masks of a correction change no denominator: a rejected token makes the step smaller, it
-does not make the other tokens heavier.
+prompt. Masks (of a correction, of truncated responses) change no denominator: a masked token makes
+the step smaller, it does not make the other tokens heavier.
 """
 
 from typing import Literal

@@ -7,16 +7,10 @@ from torch import Tensor
 def split_mini_batches(num_groups: int, mini_batches: int) -> list[range]:
     """Contiguous ranges of group indices, one per optimizer step; sizes differ by at most one.
 
-    Raises:
-        ValueError: `mini_batches` is not in 1..num_groups.
+    There are `mini_batches` of them, or one per group where fewer groups are left.
     """
-    if not 1 <= mini_batches <= num_groups:
-        raise ValueError(
-            f"mini_batches={mini_batches} cannot split {num_groups} prompt groups; "
-            f"use 1 to {num_groups}"
-        )
-    bounds = [i * num_groups // mini_batches for i in range(mini_batches + 1)]
-    return [range(bounds[i], bounds[i + 1]) for i in range(mini_batches)]
+    count = min(mini_batches, num_groups)
+    return [range(i * num_groups // count, (i + 1) * num_groups // count) for i in range(count)]
 
 
 def log_clip_bounds(

@@ -198,12 +198,36 @@ def build_loss_sequences(
     Args:
         sequences: all responses to the step's prompts, `old_logprobs` set.
     """
+    # The denominators count the masked responses, the mean weight of a correction does not.
     coefficients = _coefficients(sequences, config)
-    weights = correction_weights(old_minus_rollout(sequences), config.correction, config.rejection)
+    trained = [sequence for sequence in sequences if not is_masked(sequence, config)]
+    weights = iter(
+        correction_weights(old_minus_rollout(trained), config.correction, config.rejection)
+    )
     return [
-        _loss_sequence(sequence, coefficient, weight, config)
-        for sequence, coefficient, weight in zip(sequences, coefficients, weights, strict=True)
+        _loss_sequence(sequence, 0.0, torch.zeros(len(sequence.response_ids)), config)
+        if is_masked(sequence, config)
+        else _loss_sequence(sequence, coefficient, next(weights), config)
+        for sequence, coefficient in zip(sequences, coefficients, strict=True)
     ]
+
+
+def is_masked(sequence: TrainSequence, config: AlgorithmConfig) -> bool:
+    """Whether the response was cut at the token limit and such ones bear no loss."""
+    return sequence.truncated and config.filter.truncated == "mask"
+
+
+def bears_loss(sequence: TrainSequence, config: AlgorithmConfig) -> bool:
+    """Whether a response has a token in the loss, whatever its advantage."""
+    return len(sequence.response_ids) > 0 and not is_masked(sequence, config)
+
+
+def mask_metrics(sequences: Sequence[TrainSequence], config: AlgorithmConfig) -> dict[str, float]:
+    """What the mask leaves out of a rollout batch; none if it is off or there is no response."""
+    if config.filter.truncated == "keep" or not sequences:
+        return {}
+    masked = [is_masked(sequence, config) for sequence in sequences]
+    return {"rollout/masked_truncated_frac": sum(masked) / len(masked)}
 
 
 def without_loss(sequences: Sequence[TrainSequence]) -> list[LossSequence]:

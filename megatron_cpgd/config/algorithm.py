@@ -95,6 +95,18 @@ class AdvantageConfig(Config):
     reward falls linearly by 1; null is off."""
 
 
+class FilterConfig(Config):
+    """Which responses are trained on (DAPO's dynamic sampling and overlong filtering)."""
+
+    max_batches: int | None = Field(None, ge=1)
+    """Groups of equal rewards, before overlong shaping, are replaced: so many batches of prompts at
+    most are sampled until rollout.prompts_per_step groups have unequal rewards; with fewer the step
+    trains on those. 1 drops without replacing; null keeps all groups."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """`mask`: no loss on responses that were cut at rollout.max_response_tokens; their rewards
+    still count in the group."""
+
+
 class LogRatioTerm(Config):
     """CPGD: min(l A, clip(l) A) with l = log ratio. Without a clip range REINFORCE."""
 
@@ -302,6 +314,8 @@ class AlgorithmConfig(Config):
     """Method whose settings lie below the ones given here."""
     advantage: AdvantageConfig = AdvantageConfig()
     """Rewards to advantages."""
+    filter: FilterConfig = FilterConfig()
+    """Groups and responses that are left out."""
     old_policy: Literal["trainer", "sampler"] = "trainer"
     """pi_old, the anchor of ratio, clip and drift. `trainer`: its log-probs right before a batch is
     trained on, one more forward pass. `sampler`: those that the engine reported, so that staleness

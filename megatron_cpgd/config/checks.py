@@ -80,6 +80,12 @@ def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
             f"algorithm.prompt_weight.max_weight={weight.max_weight} does nothing: it bounds "
             f"`clip_filter`, and algorithm.prompt_weight.type={weight.type}; remove one of them"
         )
+    if weight.type == "clip_filter" and algorithm.filter.max_batches is not None:
+        yield (
+            "algorithm.prompt_weight.type=clip_filter does nothing: it counts groups of equal "
+            f"rewards, which algorithm.filter.max_batches={algorithm.filter.max_batches} leaves "
+            "out; use equal or std, or max_batches=null"
+        )
     if drift.coef == 0 and _changed(drift, "gradient_clip", DriftConfig):
         yield (
             f"algorithm.drift.gradient_clip={drift.gradient_clip} does nothing while "
@@ -268,6 +274,12 @@ def _batch_sizes(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"rollout.samples_per_prompt={rollout.samples_per_prompt} must be >= 2: an advantage "
             "is centred in its group, so a single response always has advantage 0"
+        )
+    elif rollout.samples_per_prompt < 2 and config.algorithm.filter.max_batches is not None:
+        yield (
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt} must be >= 2: "
+            f"algorithm.filter.max_batches={config.algorithm.filter.max_batches} keeps groups of "
+            "unequal rewards, and a single response has no unequal one; or set max_batches=null"
         )
     if rollout.prompts_per_step < 2 and config.algorithm.prompt_weight.type == "clip_filter":
         yield (

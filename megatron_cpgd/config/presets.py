@@ -12,7 +12,7 @@ PresetName = Literal[
     "ppo_clip", "ppo_clip_drift", "dual_clip",
     "grpo", "grpo_no_clip", "dr_grpo", "dapo",
     "reinforce_pp", "reinforce_pp_baseline", "rloo", "gpg",
-    "gspo", "cispo", "gmpo", "sapo", "minirl", "vespo", "minpro", "dppo_tv", "bapo",
+    "gspo", "sampo", "cispo", "gmpo", "sapo", "minirl", "vespo", "minpro", "dppo_tv", "bapo",
 ]  # fmt: skip
 
 
@@ -91,9 +91,11 @@ PRESETS: dict[PresetName, Preset] = {
         },
     ),
     "dapo": Preset(
-        source="arXiv:2503.14476, its loss: no dynamic sampling, no overlong shaping",
+        # Overlong shaping depends on the length of responses: advantage.overlong_buffer_tokens.
+        source="arXiv:2503.14476, without overlong shaping; limit of batches: its recipe in verl",
         settings={
             "policy": _RATIO,
+            "filter": {"max_batches": 10},
             "clip": _clip(0.2, 0.28),
             "drift": _NO_DRIFT,
             "aggregation": _TOKEN_MEAN,
@@ -145,6 +147,17 @@ PRESETS: dict[PresetName, Preset] = {
             "policy": {"type": "sequence_ratio"},
             "clip": _clip(3e-4, 4e-4),
             "drift": _NO_DRIFT,
+            "aggregation": _RESPONSE_MEAN,
+        },
+    ),
+    "sampo": Preset(
+        source="arXiv:2602.21534, the authors' code, on episodes of one step; no KL in the loss",
+        settings={
+            "policy": {"type": "sequence_ratio"},
+            "filter": {"max_batches": 3},
+            "clip": _clip(3e-3, 4e-3),
+            "drift": _NO_DRIFT,
+            "prompt_weight": _EQUAL,
             "aggregation": _RESPONSE_MEAN,
         },
     ),

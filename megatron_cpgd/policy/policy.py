@@ -123,6 +123,8 @@ class Policy:
     @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
         """[T] float32 CPU log-probs of each sequence's response under the current weights."""
+        if not sequences:  # on every rank: they all have the same list
+            return []
         budget = self._batch.tokens_per_logprob_batch or 2 * self._batch.tokens_per_micro_batch
         micro_batches = plan_rank_micro_batches(sequences, self._schedule, budget)
         offsets = [0]

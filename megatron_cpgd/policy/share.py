@@ -26,7 +26,7 @@ def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequ
 def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor]:
     header = [len(sequences)]
     for s in sequences:
-        header += [s.group, len(s.prompt_ids), len(s.response_ids)]
+        header += [s.group, len(s.prompt_ids), len(s.response_ids), s.truncated]
     tokens = [part for s in sequences for part in (s.prompt_ids, s.response_ids)]
     advantages = torch.tensor([s.advantage for s in sequences])
     return (
@@ -37,9 +37,9 @@ def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor]:
 
 def _unflatten(integers: Tensor, floats: Tensor) -> list[TrainSequence]:
     count = int(integers[0])
-    header, tokens = integers[1:].split([3 * count, len(integers) - 1 - 3 * count])
-    rows = header.view(count, 3).tolist()
-    token_parts = iter(tokens.split([size for row in rows for size in row[1:]]))
+    header, tokens = integers[1:].split([4 * count, len(integers) - 1 - 4 * count])
+    rows = header.view(count, 4).tolist()
+    token_parts = iter(tokens.split([size for row in rows for size in row[1:3]]))
     advantages, logprobs = floats.split([count, len(floats) - count])
     logprob_parts = logprobs.split([row[2] for row in rows])
     return [
@@ -49,8 +49,9 @@ def _unflatten(integers: Tensor, floats: Tensor) -> list[TrainSequence]:
             response_ids=next(token_parts),
             rollout_logprobs=values,
             advantage=advantage,
+            truncated=bool(truncated),
         )
-        for (group, _, _), advantage, values in zip(
+        for (group, _, _, truncated), advantage, values in zip(
             rows, advantages.tolist(), logprob_parts, strict=True
         )
     ]

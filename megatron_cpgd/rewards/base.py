@@ -1,6 +1,6 @@
 """What a reward function is, and what is asked of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,19 @@ class RewardResult:
     """Calls that took longer than the limit; they score 0."""
     errors: int
     """Calls that raised, gave no finite number, or killed their worker; they score 0."""
+
+
+def join_results(results: Sequence[RewardResult]) -> RewardResult:
+    """The scores of several batches, at least one, as those of a single batch."""
+    return RewardResult(
+        total=[value for result in results for value in result.total],
+        columns={
+            name: [value for result in results for value in result.columns[name]]
+            for name in results[0].columns
+        },
+        timeouts=sum(result.timeouts for result in results),
+        errors=sum(result.errors for result in results),
+    )
 
 
 def require_answer(answer: str | None, name: str) -> str:

@@ -10,19 +10,22 @@ from tests.helpers.weight_jobs import share_job
 pytestmark = pytest.mark.distributed
 
 
-def sequence(group: int, prompt: list[int], response: list[int], advantage: float) -> TrainSequence:
+def sequence(
+    group: int, prompt: list[int], response: list[int], advantage: float, truncated: bool = False
+) -> TrainSequence:
     return TrainSequence(
         group=group,
         prompt_ids=torch.tensor(prompt),
         response_ids=torch.tensor(response, dtype=torch.int64),
         rollout_logprobs=-torch.arange(len(response)) - 0.25,
         advantage=advantage,
+        truncated=truncated,
     )
 
 
 BATCHES = {
     "ragged, one response empty": [
-        sequence(0, [7, 2**40], [3, 1, 4], -1.5),
+        sequence(0, [7, 2**40], [3, 1, 4], -1.5, truncated=True),
         sequence(0, [7, 2**40], [], 0.0),
         sequence(3, [9], [5], 0.75),
     ],
@@ -35,8 +38,9 @@ BATCHES = {
 def test_every_rank_gets_rank_0s_sequences(name):
     batch = BATCHES[name]
     for received in run_distributed(2, share_job, batch):
-        assert [(s.group, s.advantage) for s in received] == [(s.group, s.advantage) for s in batch]
         for ours, theirs in zip(received, batch, strict=True):
+            for field in ("group", "advantage", "truncated"):
+                assert getattr(ours, field) == getattr(theirs, field), field
             for field in ("prompt_ids", "response_ids", "rollout_logprobs"):
                 torch.testing.assert_close(
                     getattr(ours, field), getattr(theirs, field), rtol=0, atol=0

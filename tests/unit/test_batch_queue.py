@@ -5,7 +5,6 @@ import torch
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.batch_queue import BatchQueue
-from megatron_cpgd.rewards.base import RewardResult
 from megatron_cpgd.sampler import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
@@ -31,10 +30,13 @@ class CountingSampler:
         )
         return ScoredBatch(
             groups=[RolloutGroup(prompt=prompt, rollouts=rollouts)],
-            rewards=RewardResult(total=[0.0, 0.1], columns={"r": [0.0, 0.1]}, timeouts=0, errors=0),
+            rewards=[[0.0, 0.1]],
+            reward_parts={"r": [[0.0, 0.1]]},
             advantages=compute_advantages(
                 torch.tensor([[0.0, 0.1]]), prompt_weight="std", max_weight=3.0
             ),
+            version=version,
+            metrics={"reward/mean": 0.1 / 2},
         )
 
 
@@ -65,8 +67,9 @@ def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
     resumed.load(tmp_path)
     for step in (2, 3):
         expected, actual = queue._batches[step - 2], resumed._batches[step - 2]
-        assert (actual.groups, actual.rewards) == (expected.groups, expected.rewards)
-        for field in ("values", "prompt_weight", "zero_variance"):
+        for field in ("groups", "rewards", "reward_parts", "version", "metrics"):
+            assert getattr(actual, field) == getattr(expected, field)
+        for field in ("values", "prompt_weight"):
             left, right = (getattr(b.advantages, field) for b in (actual, expected))
             assert left.dtype == right.dtype and torch.equal(left, right)
     assert number_and_version(resumed.take(2, StepTimer())) == (2, 0)

@@ -18,7 +18,7 @@ from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.config.load import load_config
 from megatron_cpgd.rewards.base import RewardResult
-from megatron_cpgd.sampler import ScoredBatch, batch_metrics
+from megatron_cpgd.sampler import SampledResponses, ScoredBatch, batch_metrics
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
 from tests.helpers.valid_run import write_run
 
@@ -72,12 +72,19 @@ def test_the_scan_finds_every_name_that_a_step_returns() -> None:
     correction = correction_metrics([one], NoCorrection(), RejectionConfig(veto=0.1))
     rollout = Rollout(token_ids=[5], logprobs=[0.0], finish_reason="stop", weight_version=0)
     prompt = Prompt(id="train:0", token_ids=[1], text="1+1=", answer="2")
+    group = RolloutGroup(prompt=prompt, rollouts=[rollout, rollout])
+    rewards = RewardResult(total=[0.0, 1.0], columns={"math": [0.0, 1.0]}, timeouts=0, errors=0)
+    sampled = SampledResponses(group_size=2)
+    sampled.add([group], rewards)
     batch = ScoredBatch(
-        groups=[RolloutGroup(prompt=prompt, rollouts=[rollout, rollout])],
-        rewards=RewardResult(total=[0.0, 1.0], columns={"math": [0.0, 1.0]}, timeouts=0, errors=0),
+        groups=[group],
+        rewards=[[0.0, 1.0]],
+        reward_parts={"math": [[0.0, 1.0]]},
         advantages=compute_advantages(
             torch.tensor([[0.0, 1.0]]), prompt_weight="equal", max_weight=3.0
         ),
+        version=0,
+        metrics=sampled.metrics([0]),
     )
     returned = {
         *statistics.finish(), *batch_metrics(batch, 1), *compute_mismatch(one, one), *correction,

@@ -22,6 +22,7 @@ def test_means_are_taken_and_extremes_stay_extremes():
         "policy/ratio_min": 0.1,
         "policy/grad_norm": 2.0,
         "policy/learning_rate": 0.5,
+        "policy/optimizer_steps": 2,
         "policy/skipped_steps": 0,
     }
 
@@ -30,13 +31,17 @@ def test_a_skipped_step_counts_and_leaves_no_number():
     steps = [result(loss=2.0), result("loss is nan", float("nan"), loss=float("nan"))]
     metrics = _mean_metrics(steps)
     assert metrics["policy/loss"] == 2.0 and metrics["policy/grad_norm"] == 1.0
-    assert metrics["policy/skipped_steps"] == 1
+    assert metrics["policy/skipped_steps"] == 1 and metrics["policy/optimizer_steps"] == 1
     assert metrics["policy/skipped_reason"] == "loss is nan"
 
 
 def test_all_steps_skipped_leave_only_their_count():
     metrics = _mean_metrics([result("gradient norm is inf", float("inf"))])
-    assert metrics == {"policy/skipped_steps": 1, "policy/skipped_reason": "gradient norm is inf"}
+    assert metrics == {
+        "policy/optimizer_steps": 0,
+        "policy/skipped_steps": 1,
+        "policy/skipped_reason": "gradient norm is inf",
+    }
 
 
 # The first of two mini-batches had no response token, so it reports its loss only.

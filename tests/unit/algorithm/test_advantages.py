@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpgd.algorithm.advantages import Advantages, compute_advantages, overlong_penalty
+from megatron_cpgd.algorithm.advantages import (
+    Advantages,
+    compute_advantages,
+    equal_rewards,
+    overlong_penalty,
+)
 
 # Multiples of 1/8: sums, means over 4 and shifts are exact, so equal rewards stay equal.
 GROUPS = st.lists(
@@ -43,7 +48,6 @@ def test_clip_filter_weight_is_one_number_for_the_batch():
     result = advantages([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]], "clip_filter")
     assert result.prompt_weight.tolist() == [2.0] * 4
     assert result.values.tolist() == [[1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 1.0]]
-    assert result.zero_variance.tolist() == [False, True, True, False]
 
 
 def test_clip_filter_weight_is_bounded():
@@ -57,7 +61,18 @@ def test_a_batch_without_signal_has_zero_advantages_and_weight_one(prompt_weight
     result = advantages([[1.0, 1.0], [0.0, 0.0]], prompt_weight)
     assert result.values.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert result.prompt_weight.tolist() == [1.0, 1.0]
-    assert result.zero_variance.all()
+
+
+def test_groups_of_equal_rewards_are_found():
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1e-6]])
+    assert equal_rewards(rewards).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("prompt_weight", ["equal", "std", "clip_filter"])
+def test_no_group_has_no_advantages(prompt_weight):
+    lengths = torch.zeros(0, 4, dtype=torch.int64)
+    result = advantages(torch.zeros(0, 4), prompt_weight, whiten_lengths=lengths)
+    assert result.values.shape == (0, 4) and result.prompt_weight.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +83,9 @@ def test_a_batch_without_signal_has_zero_advantages_and_weight_one(prompt_weight
     ],
 )
 def test_rounding_does_not_make_equal_rewards_unequal(rewards):
-    result = advantages(torch.tensor([rewards], dtype=torch.float64), "std")
+    rewards = torch.tensor([rewards], dtype=torch.float64)
+    assert equal_rewards(rewards).tolist() == [True]
+    result = advantages(rewards, "std")
     assert result.values.tolist() == [[0.0] * 3]
     assert result.prompt_weight.tolist() == [1.0]
 
@@ -91,7 +108,7 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_place(bad):
         advantages([[0.0, 1.0, 0.0], [1.0, 0.0, bad]])
 
 
-@pytest.mark.parametrize("rewards", [[1.0, 0.0], [[[1.0, 0.0]]], torch.zeros(0, 4)])
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], [[[1.0, 0.0]]]])
 def test_a_wrong_shape_is_refused(rewards):
     with pytest.raises(ValueError, match="expected \\[prompts, rollouts per prompt\\], got shape"):
         advantages(rewards)
@@ -138,7 +155,7 @@ def test_advantages_of_a_group_sum_to_zero_and_order_like_the_rewards(prompt_wei
 @given(rewards=GROUPS)
 def test_std_advantages_have_standard_deviation_one(rewards):
     result = advantages(rewards, "std")
-    expected = (~result.zero_variance).float()
+    expected = (~equal_rewards(torch.tensor(rewards))).float()
     torch.testing.assert_close(result.values.std(dim=1), expected)
 
 
@@ -164,7 +181,7 @@ def test_whitening_makes_the_advantages_of_equal_rewards_differ_from_zero():
     # centred 1, -1 | 0, 0 with tokens 2, 1 | 1, 0: mean 1/4
     lengths = torch.tensor([[2, 1], [1, 0]])
     result = advantages([[2.0, 0.0], [1.0, 1.0]], whiten_lengths=lengths)
-    assert result.values[1, 0].item() < -0.1 and result.zero_variance.tolist() == [False, True]
+    assert result.values[1, 0].item() < -0.1
 
 
 @pytest.mark.parametrize("lengths", [[[0, 0]], [[1, 0]]])

@@ -79,6 +79,7 @@ def sequences(tokens: list[tuple[float, float, float]]) -> list[TrainSequence]:
             response_ids=torch.zeros(n, dtype=torch.int64),
             rollout_logprobs=torch.zeros(n),
             advantage=advantage,
+            truncated=False,
             old_logprobs=torch.full((n,), math.log(old)),
         )
         for n, (old, _, advantage) in [*((1, token) for token in tokens), (0, (1.0, 1.0, -1.0))]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megatron_cpgd.algorithm.objective import (
+    bears_loss,
     build_loss_sequences,
     build_objective,
+    mask_metrics,
     set_epoch_weights,
     without_loss,
 )
@@ -22,13 +24,16 @@ from megatron_cpgd.config.algorithm import (
 from megatron_cpgd.types import TrainSequence
 
 
-def sequence(group: int, tokens: int, advantage: float = 1.0) -> TrainSequence:
+def sequence(
+    group: int, tokens: int, advantage: float = 1.0, truncated: bool = False
+) -> TrainSequence:
     return TrainSequence(
         group=group,
         prompt_ids=torch.tensor([5, 6, 7]),
         response_ids=torch.arange(10, 10 + tokens),
         rollout_logprobs=torch.zeros(tokens),
         advantage=advantage,
+        truncated=truncated,
         old_logprobs=-torch.arange(1.0, tokens + 1),
     )
 
@@ -60,6 +65,48 @@ def test_a_group_without_any_token_counts_as_a_prompt_and_divides_nothing_by_zer
     batch = [sequence(0, 2), sequence(1, 0), sequence(1, 0)]
     assert coefficients(batch) == [[0.25, 0.25], [], []]
     assert coefficients([sequence(0, 0), sequence(1, 0)]) == [[], []]
+
+
+MASK = {"filter": {"truncated": "mask"}}
+
+
+# Two prompts of 1 + 3 and 2 + 2 tokens: 1 / (2 * 4) each, also where a response is masked.
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_masked_response_has_no_coefficient_and_stays_in_all_denominators(truncated):
+    batch = [sequence(0, 1), sequence(0, 3, truncated=truncated), sequence(1, 2), sequence(1, 2)]
+    config = AlgorithmConfig.model_validate(MASK)
+    built = [s.tensors["coefficients"].tolist() for s in build_loss_sequences(batch, config)]
+    assert built == [[0.125], [0.0 if truncated else 0.125] * 3, [0.125] * 2, [0.125] * 2]
+    assert coefficients(batch) == [[0.125], [0.125] * 3, [0.125] * 2, [0.125] * 2]
+
+
+def test_a_masked_response_has_no_reference_term_either():
+    config = AlgorithmConfig.model_validate(MASK | {"reference": {"coef": 0.1}})
+    batch = [sequence(0, 2, truncated=True), sequence(0, 2)]
+    for each in batch:
+        each.ref_logprobs = torch.zeros(2)
+    built = build_loss_sequences(batch, config)
+    assert [s.tensors["ref_coefficients"].tolist() for s in built] == [[0.0] * 2, [0.25] * 2]
+
+
+# log rho = ln 2, ln 4 and, masked, ln 8: the mean weight is (2 + 4) / 2 = 3, not 14 / 3.
+def test_the_mean_weight_of_a_correction_is_that_of_the_responses_with_loss():
+    correction = {"type": "truncate", "high": 100.0, "normalise": True}
+    config = AlgorithmConfig.model_validate(MASK | {"correction": correction})
+    batch = [sequence(0, 1), sequence(0, 1, truncated=True), sequence(0, 1)]
+    for each, rho in zip(batch, (2.0, 8.0, 4.0), strict=True):
+        each.old_logprobs = torch.tensor([math.log(rho)])
+    built = [s.tensors["coefficients"].item() for s in build_loss_sequences(batch, config)]
+    assert built == pytest.approx([2 / 3 / 3, 0.0, 4 / 3 / 3])
+
+
+def test_only_a_response_with_tokens_that_is_not_masked_bears_loss():
+    mask, keep = AlgorithmConfig.model_validate(MASK), AlgorithmConfig()
+    batch = [sequence(0, 2), sequence(0, 2, truncated=True), sequence(0, 0)]
+    assert [bears_loss(each, mask) for each in batch] == [True, False, False]
+    assert [bears_loss(each, keep) for each in batch] == [True, True, False]
+    assert mask_metrics(batch, mask) == {"rollout/masked_truncated_frac": 1 / 3}
+    assert mask_metrics(batch, keep) == mask_metrics([], mask) == {}
 
 
 def test_input_advantage_and_old_logprobs_are_those_of_the_sequence():

@@ -96,6 +96,7 @@ def loss_sequences(batch: Batch, config: AlgorithmConfig) -> list[LossSequence]:
             response_ids=torch.zeros(len(old), dtype=torch.int64),
             rollout_logprobs=rollout,
             advantage=advantage,
+            truncated=False,
             old_logprobs=old,
             ref_logprobs=ref,
         )
@@ -242,9 +243,12 @@ def grpo(x: Response) -> Tensor:
     return ppo(0.2, 0.2)(x) - 0.04 * (q.exp() - q - 1)
 
 
-def gspo(x: Response) -> Tensor:
-    s = (x.live - x.old).mean().exp() if len(x.live) else x.live.sum()
-    return torch.minimum(s * x.A, s.clamp(1 - 3e-4, 1 + 4e-4) * x.A).expand(len(x.live))
+def gspo(low: float, high: float) -> Callable[[Response], Tensor]:
+    def objective(x: Response) -> Tensor:
+        s = (x.live - x.old).mean().exp() if len(x.live) else x.live.sum()
+        return torch.minimum(s * x.A, s.clamp(1 - low, 1 + high) * x.A).expand(len(x.live))
+
+    return objective
 
 
 def gmpo(x: Response) -> Tensor:
@@ -336,7 +340,8 @@ FORMULAS = {
     ),
     "rloo": (leave_one_out, lambda x: (x.live - x.old) * x.A, response_sum),
     "gpg": (gpg_scaled, lambda x: (x.live - x.old) * x.A, token_mean),
-    "gspo": (standardised, gspo, response_mean),
+    "gspo": (standardised, gspo(3e-4, 4e-4), response_mean),
+    "sampo": (only_centred, gspo(3e-3, 4e-3), response_mean),
     "cispo": (standardised, lambda x: x.fixed_ratio.clamp(max=5.0) * x.A * x.live, token_mean),
     "gmpo": (standardised, gmpo, response_mean),
     "sapo": (standardised, sapo, response_mean),

@@ -18,6 +18,7 @@ ONE_STEP = "algorithm.mini_batches=1"
 NO_CLIP = "algorithm.clip={type: none}"
 NO_DRIFT = "algorithm.drift.coef=0"
 CLIP = "algorithm.clip={type: constant}"
+ONE_RESPONSE = "rollout.samples_per_prompt=1"
 TIS = "algorithm.correction={type: truncate}"
 OLD_SAMPLER = "algorithm.old_policy=sampler"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
@@ -68,7 +69,7 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "data.system_prompt does nothing",
         ),
         (["rollout.prompts_per_step=3"], "algorithm.mini_batches=4 must be <= rollout.prompts_per"),
-        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt=1 must be >= 2"),
+        ([ONE_RESPONSE], "rollout.samples_per_prompt=1 must be >= 2"),
         (
             [ONE_STEP, NO_DRIFT, NO_CLIP, "algorithm.policy={type: soft_gate}"],
             "algorithm.policy.type=soft_gate does nothing: with one optimizer step",
@@ -123,6 +124,14 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             ["algorithm.prompt_weight.type=clip_filter", "rollout.prompts_per_step=1", MANY_EPOCHS],
             "rollout.prompts_per_step=1: algorithm.prompt_weight.type=clip_filter compares",
         ),
+        (
+            ["algorithm.prompt_weight.type=clip_filter", "algorithm.filter.max_batches=1"],
+            "algorithm.prompt_weight.type=clip_filter does nothing: it counts groups of equal",
+        ),
+        (
+            ["algorithm.preset=reinforce_pp", "algorithm.filter.max_batches=2", ONE_RESPONSE],
+            "rollout.samples_per_prompt=1 must be >= 2: algorithm.filter.max_batches=2 keeps",
+        ),
         (["data.answer_key=null"], "rewards.functions.0: type math needs the ground truth"),
         (
             ["rewards.functions=[{type: format, pattern: '('}]"],
@@ -151,8 +160,10 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         ["algorithm.preset=grpo", "algorithm.epochs=2", NO_CLIP],
         ["algorithm.preset=grpo", "algorithm.reference.coef=0"],
         ["algorithm.reference={coef: 0.001, estimator: k2}"],
-        ["algorithm.preset=reinforce_pp", "rollout.samples_per_prompt=1"],
         ["algorithm.preset=bapo", "algorithm.epochs=2", "algorithm.clip.low_start=0.88"],
+        ["algorithm.preset=reinforce_pp", ONE_RESPONSE],
+        ["algorithm.preset=gpg", "algorithm.filter={truncated: mask}"],
+        ["algorithm.prompt_weight.type=equal", "algorithm.filter.max_batches=1"],
         ["algorithm.preset=dr_grpo", "algorithm.aggregation.length=7"],
         [TIS, "algorithm.rejection={veto: 1e-4, geometric_low: 0.99, geometric_high: 1.01}"],
         ["rollout.logprob_diff_limit=0.1"],
