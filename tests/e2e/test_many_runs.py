@@ -1,10 +1,12 @@
-"""Several runs in one process on one engine; stale rollouts."""
+"""Several runs in one process on one engine; stale rollouts; dynamic sampling."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers.full_run import ROOT, read_rows
 
@@ -55,10 +57,33 @@ def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
     assert "rollout/logprob_abs_diff_mean" not in learnt(runs / "stale_sampler")[1]
 
 
-def test_a_run_with_waiting_batches_goes_on_where_it_was(runs):
-    assert learnt(runs / "stale_interrupted") == learnt(runs / "stale")
+@pytest.mark.parametrize("name", ["stale", "dapo"])  # waiting batches; refills
+def test_an_interrupted_run_goes_on_where_it_was(runs, name):
+    assert learnt(runs / f"{name}_interrupted") == learnt(runs / name)
     left, right = (
-        (runs / name / "hf/step_000006/model.safetensors").read_bytes()
-        for name in ("stale", "stale_interrupted")
+        (runs / each / "hf/step_000006/model.safetensors").read_bytes()
+        for each in (name, f"{name}_interrupted")
     )
     assert left == right
+
+
+def test_dapo_samples_until_all_its_groups_have_unequal_rewards(runs):
+    rows = learnt(runs / "dapo")[1:]
+    batches = [row["rollout/sampled_batches"] for row in rows]
+    assert max(batches) > 1, "no refill: the test shows nothing"
+    for row, count in zip(rows, batches, strict=True):
+        dropped = row["rollout/filtered_groups"] + row["rollout/surplus_groups"]
+        assert 8 * count - dropped == 8 or count == 10
+        assert row["reward/zero_variance_frac"] == row["rollout/filtered_groups"] / (8 * count)
+        assert (runs / "dapo" / "rollouts" / f"step_{row['step']:06d}.jsonl").exists()
+
+
+def test_a_run_whose_groups_are_all_filtered_ends_with_the_weights_it_began_with(runs, assets):
+    rows = learnt(runs / "nothing_left")[1:]
+    assert [row["policy/optimizer_steps"] for row in rows] == [0] * 6
+    assert [row["rollout/filtered_groups"] for row in rows] == [16] * 6  # two batches of 8
+    assert [row["reward/accuracy"] for row in rows] == [1.0] * 6
+    assert [row["weights/version"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    exported = load_file(runs / "nothing_left" / "hf/step_000006/model.safetensors")
+    given = load_file(assets / "model" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in given.items())

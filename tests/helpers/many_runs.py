@@ -9,15 +9,26 @@ from typing import Any
 
 from tests.helpers.full_run import settings, write_yaml
 
+DAPO = {
+    "preset": "dapo",
+    "clip": {"type": "constant", "low": 0.2, "high": 0.28},
+    "filter": {"truncated": "mask"},
+}
 RUNS: dict[str, dict[str, Any]] = {
     "first": {},
     "again": {},
     "stale": {"rollout": {"staleness": 2}},
     "stale_interrupted": {"rollout": {"staleness": 2}},
+    "dapo": {"algorithm": DAPO},
+    "dapo_interrupted": {"algorithm": DAPO},
+    "nothing_left": {
+        "rewards": {"functions": [{"type": "format", "pattern": ".*"}]},
+        "algorithm": {"filter": {"max_batches": 2}},
+    },
     "stale_sampler": {"rollout": {"staleness": 2}, "algorithm": {"old_policy": "sampler"}},
 }
 STOPPED_AFTER = 5
-"""Step of `stale_interrupted` behind which it was broken off once; the last checkpoint is at 4."""
+"""Step behind which every `*_interrupted` was broken off once; the last checkpoint is at 4."""
 
 
 def main(assets: Path, out: Path) -> None:
@@ -48,7 +59,7 @@ def main(assets: Path, out: Path) -> None:
         join_world(timedelta(minutes=5))
         log_step = loop.log_step
         for name, config in configs.items():
-            if name == "stale_interrupted":
+            if name.endswith("_interrupted"):
                 engine.begin_run()
                 loop.log_step = _broken_off  # type: ignore[assignment]
                 try:
