@@ -44,7 +44,7 @@ class ScoredBatch:
     advantages: Advantages
     version: int
     """Of the weights that sampled it."""
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
     """Of all that was sampled, also of what is not trained on."""
 
 
@@ -115,7 +115,7 @@ class SampledResponses:
         """[groups, G] float64 of a flat list."""
         return torch.tensor(values, dtype=torch.float64).view(-1, self._group_size)
 
-    def metrics(self, kept: Sequence[int]) -> dict[str, float]:
+    def metrics(self, kept: Sequence[int]) -> dict[str, int | float]:
         """Of all responses: over `kept` alone a filter would move the rewards to the middle.
 
         Args:
@@ -180,8 +180,8 @@ class Sampler:
             with timer("score"):
                 rewards = self._score(new)
             equal = sampled.add(new, rewards)
-            chosen = [i for i in range(wanted) if limit is None or not equal[i]]
-            chosen = chosen[: wanted - len(groups)]
+            usable = [i for i in range(wanted) if limit is None or not equal[i]]
+            chosen = usable[: wanted - len(groups)]
             groups += [new[i] for i in chosen]  # the tokens of the others are let go
             kept += [(sampled.batches - 1) * wanted + i for i in chosen]
         if len(groups) < wanted and (limit != 1 or not groups):
