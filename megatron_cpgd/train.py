@@ -103,6 +103,8 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
 
 def _set_ref_logprobs(run: Run, sequences: list[TrainSequence]) -> dict[str, float]:
     """Give every sequence its reference log-probs; returns how far the old ones are from them."""
+    if not sequences:
+        return {}
     ref_logprobs = run.policy.compute_reference_logprobs(without_loss(sequences))
     for sequence, values in zip(sequences, ref_logprobs, strict=True):
         sequence.ref_logprobs = values

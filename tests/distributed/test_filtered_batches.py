@@ -10,8 +10,10 @@ from tests.helpers.train_jobs import train_batches_job
 
 pytestmark = pytest.mark.distributed
 
-# Two mini-batches, two epochs, the second with weights of its own; every step decays Adam's state.
-ALGORITHM = {"mini_batches": 2, "epochs": 2, "filter": {"truncated": "mask"}}
+# Two epochs, the second with weights of its own; a reference; every step decays Adam's state.
+ALGORITHM = {
+    "mini_batches": 2, "epochs": 2, "filter": {"truncated": "mask"}, "reference": {"coef": 0.1}
+}  # fmt: skip
 
 
 def group(number: int, *, truncated: bool = False) -> list[TrainSequence]:

@@ -15,13 +15,14 @@ def train_batches_job(
     config: ExperimentConfig, batches: list[list[TrainSequence]]
 ) -> list[dict[str, Any]]:
     """Train on one rollout batch after the other; metrics and this rank's state after each."""
-    from megatron_cpgd.train import _optimise, _set_old_logprobs
+    from megatron_cpgd.train import _optimise, _set_old_logprobs, _set_ref_logprobs
 
     policy = build_policy(config)
     run: Any = SimpleNamespace(config=config, policy=policy, bad_steps=0)
     results = []
     for step, sequences in enumerate(batches, 1):
-        metrics = _set_old_logprobs(run, sequences, step) | _optimise(run, sequences, step)
+        metrics = _set_old_logprobs(run, sequences, step) | _set_ref_logprobs(run, sequences)
+        metrics |= _optimise(run, sequences, step)
         results.append(
             {"metrics": metrics, "clock": policy.optimizer_steps, "state": _state(policy)}
         )
