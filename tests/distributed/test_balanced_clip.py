@@ -35,6 +35,7 @@ def train_sequences() -> list[TrainSequence]:
             response_ids=s.input_ids[s.prompt_length :],
             rollout_logprobs=torch.zeros(s.response_length),
             advantage=1.0 if i % 3 == 0 else -1.0,
+            truncated=False,
         )
         for i, s in enumerate(tiny_sequences())
     ]

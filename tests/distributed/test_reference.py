@@ -103,6 +103,7 @@ def test_without_advantages_the_loss_pulls_the_policy_to_the_reference(model, ot
             response_ids=sequence.input_ids[sequence.prompt_length :],
             rollout_logprobs=torch.zeros(sequence.response_length),
             advantage=0.0,
+            truncated=False,
         )
         for i, sequence in enumerate(tiny_sequences())
     ]

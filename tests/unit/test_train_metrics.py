@@ -1,9 +1,14 @@
-"""The metrics of a step from those of its optimizer steps."""
+"""The metrics of a step from those of its optimizer steps, and the clip range of one of them."""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.policy.policy import StepResult
-from megatron_cpgd.train import _mean_metrics
+from megatron_cpgd.train import _mean_metrics, _settle_clip
+from megatron_cpgd.types import TrainSequence
 
 
 def result(skipped: str | None = None, grad_norm: float = 1.0, **metrics: float) -> StepResult:
@@ -50,3 +55,28 @@ def test_a_metric_that_one_step_lacks_is_the_mean_of_the_others(order):
     steps = [result(loss=0.0), result(loss=1.0, entropy=0.7)][::order]
     metrics = _mean_metrics(steps)
     assert metrics["policy/loss"] == 0.5 and metrics["policy/entropy"] == 0.7
+
+
+# At ratio 1 the kept token has A > 0 alone: the search ends where it starts. The masked ones would
+# make the share 1 / 3, below .4.
+def test_a_balanced_clip_range_looks_only_at_responses_with_loss():
+    sequences = [
+        TrainSequence(
+            group=0,
+            prompt_ids=torch.tensor([1]),
+            response_ids=torch.tensor([2]),
+            rollout_logprobs=-torch.ones(1),
+            advantage=advantage,
+            truncated=advantage < 0,
+            old_logprobs=-torch.ones(1),
+        )
+        for advantage in (1.0, -1.0, -1.0)
+    ]
+    policy = SimpleNamespace(compute_logprobs=lambda batch: [-torch.ones(1) for _ in batch])
+    for truncated, starts in (("mask", True), ("keep", False)):
+        settings = {"preset": "bapo", "filter": {"truncated": truncated}}
+        config = AlgorithmConfig.model_validate(settings)
+        run = SimpleNamespace(config=SimpleNamespace(algorithm=config), policy=policy)
+        _, found = _settle_clip(run, sequences)
+        start = (config.clip.low_start, config.clip.high_start)
+        assert (tuple(found.values()) == pytest.approx(start)) == starts
