@@ -151,9 +151,11 @@ PRESETS: dict[PresetName, Preset] = {
         },
     ),
     "sampo": Preset(
-        source="arXiv:2602.21534, the authors' code, on episodes of one step; no KL in the loss",
+        source="arXiv:2602.21534, the authors' code, on episodes of one step",
         settings={
             "policy": {"type": "sequence_ratio"},
+            # Published as 0.01, beside an advantage that is twice ours: two equal groups add up.
+            "reference": {"coef": 5e-3},
             "filter": {"max_batches": 3},
             "clip": _clip(3e-3, 4e-3),
             "drift": _NO_DRIFT,

@@ -238,9 +238,9 @@ def dual_clip(x: Response) -> Tensor:
     return torch.where(x.A < 0, torch.maximum(inner, 3.0 * x.A), inner)
 
 
-def grpo(x: Response) -> Tensor:
+def k3(x: Response) -> Tensor:
     q = x.ref - x.live
-    return ppo(0.2, 0.2)(x) - 0.04 * (q.exp() - q - 1)
+    return q.exp() - q - 1
 
 
 def gspo(low: float, high: float) -> Callable[[Response], Tensor]:
@@ -330,7 +330,7 @@ FORMULAS = {
     "ppo_clip": (standardised, ppo(0.2, 0.2), group_token_mean),
     "ppo_clip_drift": (standardised, lambda x: ppo(0.2, 0.2)(x) - drift(x), group_token_mean),
     "dual_clip": (standardised, dual_clip, group_token_mean),
-    "grpo": (standardised, grpo, response_mean),
+    "grpo": (standardised, lambda x: ppo(0.2, 0.2)(x) - 0.04 * k3(x), response_mean),
     "grpo_no_clip": (standardised, lambda x: x.ratio * x.A, response_mean),
     "dr_grpo": (only_centred, ppo(0.2, 0.2), over_4096),
     "dapo": (standardised, ppo(0.2, 0.28), token_mean),
@@ -341,7 +341,7 @@ FORMULAS = {
     "rloo": (leave_one_out, lambda x: (x.live - x.old) * x.A, response_sum),
     "gpg": (gpg_scaled, lambda x: (x.live - x.old) * x.A, token_mean),
     "gspo": (standardised, gspo(3e-4, 4e-4), response_mean),
-    "sampo": (only_centred, gspo(3e-3, 4e-3), response_mean),
+    "sampo": (only_centred, lambda x: gspo(3e-3, 4e-3)(x) - 0.005 * k3(x), response_mean),
     "cispo": (standardised, lambda x: x.fixed_ratio.clamp(max=5.0) * x.A * x.live, token_mean),
     "gmpo": (standardised, gmpo, response_mean),
     "sapo": (standardised, sapo, response_mean),
