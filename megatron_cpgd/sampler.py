@@ -19,6 +19,7 @@ from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
+from megatron_cpgd.stability.repetition import repetition_frac
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
 
@@ -259,6 +260,7 @@ def batch_metrics(batch: ScoredBatch, step: int) -> dict[str, float]:
     """What the batch of a step says before any training on it."""
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts]).double()
+    repetition = [repetition_frac(rollout.token_ids) for rollout in rollouts]
     rewards = torch.tensor(batch.rewards.total, dtype=torch.float64)
     return {
         "reward/mean": rewards.mean().item(),
@@ -273,6 +275,8 @@ def batch_metrics(batch: ScoredBatch, step: int) -> dict[str, float]:
         "rollout/response_tokens_max": lengths.max().item(),
         "rollout/staleness": fmean(step - 1 - r.weight_version for r in rollouts),
         "rollout/truncated_frac": fmean(r.finish_reason == "length" for r in rollouts),
+        "rollout/repetition_frac": fmean(repetition),
+        "rollout/repetition_frac_max": max(repetition),
         **_column_means(batch.rewards.columns),
     }
 
