@@ -179,7 +179,7 @@ def _ratio_quantiles(counts: Tensor) -> dict[str, float]:
     """The smallest ratio that a share q of the tokens does not exceed, for every quantile q."""
     edges = _bin_edges(counts.device)
     centers = (edges[1:] * edges[:-1]).abs().sqrt() * edges[1:].sign()  # geometric
-    centers[edges[:-1] == edges[len(edges) // 2 - 1]] = 0.0  # the bin around 0
+    centers[len(edges) // 2 - 1] = 0.0  # the bin around 0
     centers = torch.cat([edges[:1], centers, edges[-1:]])
     reached = counts.cumsum(0)
     return {

@@ -2,9 +2,11 @@
 
 import sys
 
+from pydantic import ValidationError
+
 from megatron_cpgd.config.stability import StabilityConfig
 from megatron_cpgd.config.yaml_io import read_yaml
-from megatron_cpgd.errors import UserError
+from megatron_cpgd.errors import ConfigError, UserError
 from megatron_cpgd.stability.detector import find_collapses
 from megatron_cpgd.tracking.console import summary_table
 from megatron_cpgd.tracking.metrics import read_metrics
@@ -31,6 +33,17 @@ def print_report(folder: RunFolder) -> None:
 
 
 def _stability(folder: RunFolder) -> StabilityConfig:
-    """The section of the run's own configuration, which may be of another version but for it."""
+    """The section of the run's own configuration; the defaults if that is older than the section.
+
+    Raises:
+        ConfigError: the section does not fit this version.
+    """
     config = read_yaml(folder.config) if folder.config.exists() else {}
-    return StabilityConfig.model_validate(config.get("stability", {}))
+    try:
+        return StabilityConfig.model_validate(config.get("stability", {}))
+    except ValidationError as error:
+        problems = "; ".join(f"{each['loc'][-1:]} {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{folder.config}: the section `stability` does not fit this version: {problems}; "
+            "repair it there"
+        ) from error
