@@ -93,8 +93,9 @@ def _roll_back(run: Run, step: int, target: int) -> None:
     run.policy.roll_back(run.folder.checkpoint(target), lr_factor=run.config.stability.lr_factor)
     run.roll_backs += 1
     run.bad_steps = 0
-    if run.detector:
+    if run.detector and run.batches:  # rank 0
         run.detector.reset()
+        run.batches.clear()  # sampled by the weights that were given up
     logger.warning(
         "step %d: went back to the weights of %s; the learning rate is scaled by %g from now on",
         step, run.folder.checkpoint(target), run.policy.lr_scale,

@@ -40,7 +40,7 @@ def check_config(config: ExperimentConfig) -> list[str]:
         *_objective(config),
         *_sampler_correction(config),
         *_inert_switches(config),
-        *_inert_stability(config.stability),
+        *_inert_stability(config),
         *_batch_sizes(config),
         *_evaluations(config),
         *_rewards(config),
@@ -255,7 +255,17 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
-def _inert_stability(stability: StabilityConfig) -> Iterator[str]:
+def _inert_stability(config: ExperimentConfig) -> Iterator[str]:
+    stability = config.stability
+    set_mismatch = stability.mismatch is not None and _changed(
+        stability, "mismatch", StabilityConfig
+    )
+    if config.algorithm.old_policy == "sampler" and set_mismatch:
+        yield (
+            f"stability.mismatch={stability.mismatch} does nothing: rollout/kl_k3 compares the "
+            "trainer's old log-probs with the engine's, and algorithm.old_policy=sampler computes "
+            "none; remove one of them"
+        )
     inert = {"max_roll_backs", "lr_factor"} if stability.action != "roll_back" else set()
     if stability.action == "off":
         inert = StabilityConfig.model_fields.keys() - {"action", "not_finite"}

@@ -9,8 +9,9 @@ import pytest
 
 from tests.helpers.full_run import Finished, read_rows, run_cli, settings, write_yaml
 
-SPOILED = (4, 5, 8, 9)
-"""Steps whose rewards are all 0; two in a row are a finding."""
+SPOILED = (4, 5, 9, 10)
+"""Batches, in the order of the data, whose rewards are all 0; two in a row are a finding. Batch 6
+waits when the run goes back at step 5, and is dropped: steps 8 and 9 train on 9 and 10."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ def attempts(assets, tmp_path_factory) -> list[Attempt]:
     folder = tmp_path_factory.mktemp("rolled_back")
     # Read in order, 8 problems make a step.
     problems = [json.loads(line) for line in (assets / "train.jsonl").read_text().splitlines()]
-    rows = [problems[i % len(problems)] | {"spoiled": 1 + i // 8 in SPOILED} for i in range(8 * 10)]
+    rows = [problems[i % len(problems)] | {"spoiled": 1 + i // 8 in SPOILED} for i in range(8 * 12)]
     (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     content = settings(assets) | {
         "run": {"steps": 10, "dir": str(folder / "run")},
@@ -43,10 +44,11 @@ def attempts(assets, tmp_path_factory) -> list[Attempt]:
         "checkpoint": {"every": 2, "keep": 1},
         "stability": {
             "action": "roll_back", "window": 4, "patience": 2, "max_roll_backs": 1,
-            "reward_drop": 0.5, "drift_explosion": None, "ratio_explosion": None,
+            "reward_drop": 0.5, "mismatch": None, "drift_explosion": None, "ratio_explosion": None,
             "gradient_explosion": None, "length_explosion": None, "length_collapse": None,
         },
     }  # fmt: skip
+    content["rollout"] |= {"staleness": 1}
     content["data"] |= {"path": str(folder / "train.jsonl"), "shuffle": False}
     yaml = write_yaml(folder / "run.yaml", content)
     return [_attempt(yaml, folder) for _ in range(2)]
@@ -72,8 +74,9 @@ def test_steps_and_prompts_go_on_with_the_weights_of_the_last_good_checkpoint(at
     assert digests[5] == digests[2]
     assert len({digests[step] for step in (1, 2, 3, 4, 6, 7, 8)}) == 7
     assert rows[5]["weights/version"] == 5
-    # Which rewards are 0 is a matter of the prompts: those of steps 6 and 7 came next.
-    assert [row["step"] for row in rows[1:] if row["reward/mean"] == 0] == list(SPOILED)
+    assert [row["step"] for row in rows[1:] if row["reward/mean"] == 0] == [4, 5, 8, 9]
+    # Step 6 could only be sampled by the weights that it trains.
+    assert [row["rollout/staleness"] for row in rows[1:]] == [0, 1, 1, 1, 1, 0, 1, 1, 1]
 
 
 def test_a_roll_back_is_counted_and_scales_the_learning_rate(attempts):

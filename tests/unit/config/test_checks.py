@@ -61,6 +61,10 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             ["stability.action=off", "stability.reward_drop=0.3"],
             "stability.reward_drop=0.3 does nothing while stability.action=off",
         ),
+        (
+            [OLD_SAMPLER, "stability.mismatch=0.5"],
+            "stability.mismatch=0.5 does nothing: rollout/kl",
+        ),
         (["stability.lr_factor=0.1"], "stability.lr_factor=0.1 does nothing while stability.act"),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
         (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
