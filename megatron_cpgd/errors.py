@@ -39,4 +39,4 @@ class RewardError(RunError):
 
 
 class TrainingDivergedError(RunError):
-    """Too many steps in a row had a loss or gradient that is not finite; the state was saved."""
+    """The run has collapsed, or too many steps in a row had a loss or gradient of nan."""

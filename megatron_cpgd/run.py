@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import ConfigError, TrainingDivergedError
+from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.policy.model import build_transformer_config, torch_dtype
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
@@ -24,6 +23,7 @@ from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.stability.detector import CollapseDetector
 from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that lives as long as the run. Rank 0 alone has the last four fields."""
+    """Everything that lives as long as the run. What may be None is rank 0's."""
 
     config: ExperimentConfig
     folder: RunFolder
@@ -52,10 +52,13 @@ class Run:
     """Steps that are finished."""
     bad_steps: int
     """Optimizer steps in a row that were skipped."""
+    roll_backs: int
+    """How often the run has gone back to an earlier checkpoint."""
     prompts: Prompts | None = None
     sampler: Sampler | None = None
     batches: BatchQueue | None = None
     metrics: MetricsLog | None = None
+    detector: CollapseDetector | None = None
 
 
 @contextmanager
@@ -87,7 +90,8 @@ def start_run(config: ExperimentConfig, engine: RolloutEngine | None = None) -> 
         state = _resume(policy, folder)
         run = Run(
             config=config, folder=folder, policy=policy, table=table, arena=arena,
-            done=state["step"], bad_steps=state["bad_steps"], prompts=prompts, sampler=sampler,
+            done=state["step"], bad_steps=state["bad_steps"], roll_backs=state["roll_backs"],
+            prompts=prompts, sampler=sampler,
         )  # fmt: skip
         if prompts:
             _restore_rank_0(run, state)
@@ -105,20 +109,27 @@ def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
 
 def save(run: Run, step: int) -> None:
     """Write a checkpoint; `publish` makes it the one to resume from. Collective over the world."""
-    state: dict[str, Any] = {"step": step, "bad_steps": run.bad_steps}
+    state: dict[str, Any] = {
+        "step": step, "bad_steps": run.bad_steps, "roll_backs": run.roll_backs
+    }  # fmt: skip
     files = {}
-    if run.prompts and run.batches:
+    if run.prompts and run.batches and run.detector:
         state["prompts"] = run.prompts.stream.state()
+        state["detector"] = run.detector.state()
         files = run.batches.files()
     run.policy.save(run.folder.checkpoint(step), state, files)
 
 
 def publish(run: Run, step: int) -> None:
     """From now on the same command resumes behind `step`, whose row and files are complete."""
-    if run.policy.info.rank == 0:
-        checkpoint = run.folder.checkpoint(step)
-        write_text_atomic(run.folder.checkpoints / "latest", f"{checkpoint.name}\n")
-        _remove_old(checkpoint, keep=run.config.checkpoint.keep)
+    if run.detector:  # rank 0
+        point_latest_to(run.folder, step)
+        _remove_old(run.folder, run.config.checkpoint.keep, run.detector.earliest_onset(step))
+
+
+def point_latest_to(folder: RunFolder, step: int) -> None:
+    """Make the checkpoint of `step` the one to resume from."""
+    write_text_atomic(folder.checkpoints / "latest", f"{folder.checkpoint(step).name}\n")
 
 
 def export(run: Run, step: int) -> None:
@@ -144,26 +155,11 @@ def export(run: Run, step: int) -> None:
 
 
 def note_skipped(run: Run, reason: str | None, step: int) -> None:
-    """Count optimizer steps in a row that were skipped; save and stop when there are too many.
-
-    Collective over the world.
-
-    Raises:
-        TrainingDivergedError: on every rank.
-    """
+    """Count the optimizer steps in a row that were skipped; `guard` ends a run of too many."""
     run.bad_steps = run.bad_steps + 1 if reason else 0
-    if not reason:
-        return
-    limit = run.config.tracking.max_bad_steps
-    logger.warning("step %d: optimizer step skipped, %s (%d in a row)", step, reason, run.bad_steps)
-    if run.bad_steps >= limit:
-        run.bad_steps = 0  # a resumed run starts counting anew
-        save(run, step - 1)
-        publish(run, step - 1)
-        raise TrainingDivergedError(
-            f"step {step}: {limit} optimizer steps in a row were skipped, the last because "
-            f"{reason}; the state is saved in {run.folder.checkpoint(step - 1)}; a new run with a "
-            "smaller optim.lr may hold"
+    if reason:
+        logger.warning(
+            "step %d: optimizer step skipped, %s (%d in a row)", step, reason, run.bad_steps
         )
 
 
@@ -216,7 +212,7 @@ def _resume(policy: Policy, folder: RunFolder) -> dict[str, Any]:
     """Load the newest checkpoint, if there is one; returns its trainer state."""
     latest = folder.checkpoints / "latest"
     if not latest.exists():
-        return {"step": 0, "bad_steps": 0, "prompts": None}
+        return {"step": 0, "bad_steps": 0, "roll_backs": 0}
     path = folder.checkpoints / latest.read_text().strip()
     state = policy.load(path)
     logger.info("resumed from %s", path)
@@ -228,18 +224,25 @@ def _restore_rank_0(run: Run, state: dict[str, Any]) -> None:
     run.batches = BatchQueue(
         run.sampler, staleness=run.config.rollout.staleness, last_step=run.config.run.steps
     )
-    if state["prompts"] is not None:
+    run.detector = CollapseDetector(run.config.stability)
+    if "prompts" in state:
         run.prompts.stream.load_state(state["prompts"])
         run.batches.load(run.folder.checkpoint(run.done))
+        run.detector.load_state(state["detector"])
+    for step in run.folder.checkpoint_steps():
+        if step > run.done:  # will be written anew, as all files of later steps
+            shutil.rmtree(run.folder.checkpoint(step))
     run.metrics = MetricsLog(run.folder.metrics, resumed_step=run.done if run.done else None)
     save_config(run.config, run.folder.config)
 
 
-def _remove_old(newest: Path, *, keep: int) -> None:
-    # A killed run may have left a later one, which the resumed run will write anew.
-    complete = [path for path in newest.parent.glob("step_*") if path.suffix != ".partial"]
-    for path in sorted(path for path in complete if path.name <= newest.name)[:-keep]:
-        shutil.rmtree(path)
+def _remove_old(folder: RunFolder, keep: int, onset: int) -> None:
+    """Keep the newest checkpoints, and the newest one before `onset`: a run may go back to it."""
+    steps = folder.checkpoint_steps()
+    kept = {*steps[-keep:], *[step for step in steps if step < onset][-1:]}
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder.checkpoint(step))
 
 
 def _leave_world() -> None:

@@ -25,6 +25,7 @@ from megatron_cpgd.rewards.base import RewardRequest, RewardResult, join_results
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
+from megatron_cpgd.stability.repetition import repetition_frac
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, TrainSequence
 
@@ -91,6 +92,7 @@ class SampledResponses:
         """None yet."""
         self.lengths: list[int] = []
         self._truncated: list[bool] = []
+        self._repetition: list[float] = []
         self._rewards: list[RewardResult] = []
         self._group_size = group_size
 
@@ -104,6 +106,7 @@ class SampledResponses:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         self.lengths += [len(rollout.token_ids) for rollout in rollouts]
         self._truncated += [rollout.finish_reason == "length" for rollout in rollouts]
+        self._repetition += [repetition_frac(rollout.token_ids) for rollout in rollouts]
         self._rewards.append(rewards)
         return equal_rewards(self.per_group(rewards.total)).tolist()
 
@@ -140,6 +143,8 @@ class SampledResponses:
             "rollout/response_tokens_mean": lengths.mean().item(),
             "rollout/response_tokens_max": lengths.max().item(),
             "rollout/truncated_frac": fmean(self._truncated),
+            "rollout/repetition_frac": fmean(self._repetition),
+            "rollout/repetition_frac_max": max(self._repetition),
             **{f"reward/{name}_mean": fmean(values) for name, values in result.columns.items()},
         }
 

@@ -23,6 +23,7 @@ from megatron_cpgd.algorithm.reference_kl import reference_metrics
 from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.guard import ROLLED_BACK_TO, guard
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.rollout.engine import RolloutEngine
@@ -61,6 +62,9 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
                     metrics |= _set_ref_logprobs(run, sequences)
             with timer("train"):
                 metrics |= _optimise(run, sequences, step)
+            if batch:
+                metrics |= batch_metrics(batch, step)
+            metrics |= guard(run, step, metrics)  # a collapse ends the run or takes it back
             with timer("sync"):
                 metrics |= sync_weights(run.policy, engine, run.arena, version=step)
             _finish_step(run, step, batch, metrics, timer)
@@ -135,7 +139,8 @@ def _optimise(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, 
             results.append(run.policy.train_step(loss_sequences, objective))
             results[-1].metrics.update(clip_range)
             note_skipped(run, results[-1].skipped, step)
-    return _mean_metrics(results) | mask_metrics(sequences, config)
+    metrics = _mean_metrics(results) | mask_metrics(sequences, config)
+    return metrics | {"policy/skipped_in_a_row": run.bad_steps}
 
 
 def _settle_clip(
@@ -187,7 +192,7 @@ def _finish_step(
     if last or step % run.config.eval.every == 0:
         with timer("eval"):
             metrics |= _evaluate(run, step)
-    saves = last or step % checkpoint.every == 0
+    saves = last or step % checkpoint.every == 0 or ROLLED_BACK_TO in metrics
     if saves:
         with timer("checkpoint"):
             save(run, step)
@@ -196,7 +201,6 @@ def _finish_step(
             export(run, step)
     if batch:
         _write_rollouts(run, step, batch)
-        metrics |= batch_metrics(batch, step)
     seconds = timer.finish_step()
     tokens = metrics.get("rollout/response_tokens", 0)
     metrics["perf/response_tokens_per_s"] = tokens / seconds["time/total_s"]

@@ -5,6 +5,9 @@
     all_reduce(statistics.maxima, MAX)
     metrics = statistics.finish()
 
+Quantiles do not add up, counts do: the log-ratios are counted in bins whose edges grow by 5 %, from
+1e-4 to 20 on both sides of 0. A quantile is thus exact to 2.5 % of the log-ratio, or to 1e-4.
+
 Clip metrics look at what the objective clips: the log-ratio of the token, of its prefix or of its
 response. `policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - log pi_old: k1 =
 -mean(l) is noisy and of any sign, k3 = mean(e^l - 1 - l) >= 0.
@@ -12,6 +15,7 @@ response. `policy/kl_*` estimate KL(pi_old || pi_theta) with l = log pi_theta - 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,6 +38,7 @@ MEANS = (
     "policy/neg_logprob_mean",
 )
 TOTALS = ("tokens", "policy/loss", "policy_force", "drift_force", *MEANS)
+QUANTILES = {"policy/ratio_p01": 0.01, "policy/ratio_p99": 0.99, "policy/ratio_p999": 0.999}
 MAXIMA = ("policy/ratio_max", "-policy/ratio_min")
 
 
@@ -42,7 +47,7 @@ class Statistics:
     """Totals and maxima over a set of tokens, in an order that is the same on every rank."""
 
     totals: Tensor
-    """[len(TOTALS)] float64; all-reduce with SUM."""
+    """[len(TOTALS) + bins of the log-ratio] float64; all-reduce with SUM."""
     maxima: Tensor
     """[len(MAXIMA)] float64, -inf where no token was seen; all-reduce with MAX."""
 
@@ -52,7 +57,8 @@ class Statistics:
         `policy/drift_grad_share` is the drift's part of sum coefficient * (|policy force| + |alpha
         min(r - 1, c)|), in [0, 1]. `policy/loss` is the plain sum of the loss.
         """
-        totals = dict(zip(TOTALS, self.totals.tolist(), strict=True))
+        named, counts = self.totals.cpu().tensor_split([len(TOTALS)])
+        totals = dict(zip(TOTALS, named.tolist(), strict=True))
         maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
         loss = {"policy/loss": totals["policy/loss"]}
         if totals["tokens"] == 0:
@@ -61,6 +67,7 @@ class Statistics:
         return loss | {
             **{name: totals[name] / totals["tokens"] for name in MEANS},
             "policy/drift_grad_share": totals["drift_force"] / force if force else 0.0,
+            **_ratio_quantiles(counts),
             "policy/ratio_max": maxima["policy/ratio_max"],
             "policy/ratio_min": -maxima["-policy/ratio_min"],
         }
@@ -69,7 +76,7 @@ class Statistics:
 def empty_statistics(device: torch.device | str = "cpu") -> Statistics:
     """The statistics of no token: what a rank without micro-batches contributes."""
     return Statistics(
-        totals=torch.zeros(len(TOTALS), dtype=torch.float64, device=device),
+        totals=torch.zeros(len(TOTALS) + _bins(), dtype=torch.float64, device=device),
         maxima=torch.full((len(MAXIMA),), -torch.inf, dtype=torch.float64, device=device),
     )
 
@@ -136,7 +143,9 @@ def token_statistics(
         "policy/loss": loss.double()
     }
     return Statistics(
-        totals=torch.stack([totals[name] for name in TOTALS]),
+        totals=torch.cat(
+            [torch.stack([totals[name] for name in TOTALS]), _count_log_ratios(log_ratio)]
+        ),
         maxima=torch.stack([ratio.amax(), (-ratio).amax()]),
     )
 
@@ -147,6 +156,36 @@ def _outside(log_ratio: Tensor, low: Tensor | None, high: Tensor | None) -> tupl
     above = nowhere if high is None else log_ratio > high
     below = nowhere if low is None else log_ratio < low
     return above, below
+
+
+@cache
+def _bin_edges(device: torch.device) -> Tensor:
+    """[E] float64, ascending and symmetric; the E + 1 bins reach to infinity on both sides."""
+    side = 1e-4 * 1.05 ** torch.arange(251, dtype=torch.float64)
+    return torch.cat([-side.flip(0), side]).to(device)
+
+
+def _bins() -> int:
+    return len(_bin_edges(torch.device("cpu"))) + 1
+
+
+def _count_log_ratios(log_ratio: Tensor) -> Tensor:
+    """[bins] float64, how many of the log-ratios lie in each bin."""
+    bins = torch.bucketize(log_ratio, _bin_edges(log_ratio.device))
+    return torch.bincount(bins, minlength=_bins()).double()
+
+
+def _ratio_quantiles(counts: Tensor) -> dict[str, float]:
+    """The smallest ratio that a share q of the tokens does not exceed, for every quantile q."""
+    edges = _bin_edges(counts.device)
+    centers = (edges[1:] * edges[:-1]).abs().sqrt() * edges[1:].sign()  # geometric
+    centers[len(edges) // 2 - 1] = 0.0  # the bin around 0
+    centers = torch.cat([edges[:1], centers, edges[-1:]])
+    reached = counts.cumsum(0)
+    return {
+        name: centers[torch.searchsorted(reached, q * reached[-1])].exp().item()
+        for name, q in QUANTILES.items()
+    }
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from megatron_cpgd.config.schema import (
     MathReward,
     PythonReward,
 )
+from megatron_cpgd.config.stability import StabilityConfig
 
 _WITHOUT_CLIP_RANGE = ("capped_weight", "soft_gate", "probability_mask", "sequence_weight")
 """Policy terms that do not read algorithm.clip."""
@@ -39,6 +40,7 @@ def check_config(config: ExperimentConfig) -> list[str]:
         *_objective(config),
         *_sampler_correction(config),
         *_inert_switches(config),
+        *_inert_stability(config),
         *_batch_sizes(config),
         *_evaluations(config),
         *_rewards(config),
@@ -257,6 +259,28 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             "data.system_prompt does nothing: data.chat_template=false feeds prompts as they are; "
             "put the text into the prompts or set chat_template=true"
         )
+
+
+def _inert_stability(config: ExperimentConfig) -> Iterator[str]:
+    stability = config.stability
+    set_mismatch = stability.mismatch is not None and _changed(
+        stability, "mismatch", StabilityConfig
+    )
+    if config.algorithm.old_policy == "sampler" and set_mismatch:
+        yield (
+            f"stability.mismatch={stability.mismatch} does nothing: rollout/kl_k3 compares the "
+            "trainer's old log-probs with the engine's, and algorithm.old_policy=sampler computes "
+            "none; remove one of them"
+        )
+    inert = {"max_roll_backs", "lr_factor"} if stability.action != "roll_back" else set()
+    if stability.action == "off":
+        inert = StabilityConfig.model_fields.keys() - {"action", "not_finite"}
+    for name in sorted(inert):
+        if _changed(stability, name, StabilityConfig):
+            yield (
+                f"stability.{name}={getattr(stability, name)} does nothing while "
+                f"stability.action={stability.action}; remove one of them"
+            )
 
 
 def _batch_sizes(config: ExperimentConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ MAY_CHANGE = (
     "parallel.",
     "batch.",
     "tracking.",
+    "stability.",
     "checkpoint.",
     "eval.",
     "rewards.workers",
@@ -22,8 +23,8 @@ MAY_CHANGE = (
 )
 """Settings, or prefixes of them, that a resumed run may set anew.
 
-None changes what is learnt, but for `run.steps` under a decaying learning rate: there it moves the
-end of the decay.
+None changes what is learnt, but for `run.steps` under a decaying learning rate, where it moves the
+end of the decay, and for `stability.` once a collapse is found.
 """
 
 

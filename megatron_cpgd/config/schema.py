@@ -7,6 +7,7 @@ from pydantic import Field
 
 from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.base import Config
+from megatron_cpgd.config.stability import StabilityConfig
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -248,8 +249,6 @@ class TrackingConfig(Config):
 
     rollouts_per_step: int = Field(4, ge=0)
     """Rollouts written to rollouts/step_N.jsonl at each step."""
-    max_bad_steps: int = Field(3, ge=1)
-    """Optimizer steps in a row with a loss or gradient that is not finite before the run stops."""
 
 
 class ExperimentConfig(Config):
@@ -268,6 +267,7 @@ class ExperimentConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    stability: StabilityConfig = StabilityConfig()
 
     @property
     def reference_path(self) -> Path | None:

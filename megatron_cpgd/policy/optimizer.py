@@ -10,7 +10,9 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_cpgd.config.schema import OptimConfig
 
@@ -71,15 +73,26 @@ def set_learning_rate(optimizer: MegatronOptimizer, optim: OptimConfig, lr: floa
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Norm of the reduced gradient before clipping, the same on every rank. Collective."""
+def gradient_norm(optimizer: MegatronOptimizer) -> float | Tensor:
+    """Norm of the reduced gradient before clipping, the same on every rank. Collective.
+
+    A tensor with Transformer Engine, a number without.
+    """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    return optimizer.get_grad_norm()  # type: ignore[no-any-return]
 
 
-def apply_gradients(optimizer: MegatronOptimizer) -> None:
-    """Clip and step. Collective over the world."""
-    updated, _, _ = optimizer.step()
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, optim: OptimConfig, norm: float | Tensor) -> None:
+    """Clip and step: `optimizer.step()` without its second look at the norm. Collective.
+
+    Args:
+        norm: from `gradient_norm`; upstream's clipping takes it as it is.
+    """
+    parameters = optimizer.get_parameters()
+    if parameters:  # else another rank of the replica holds this rank's share
+        clip_grad_by_total_norm_fp32(parameters, optim.grad_clip, norm)
+    updated = optimizer.step_with_ready_grads()
     assert updated, "the optimizer skipped a step with a finite gradient norm"
 
 

@@ -119,6 +119,8 @@ class Policy:
         """Optimizer steps so far, skipped ones included: the clock of the learning rate."""
         self.updates = 0
         """Optimizer steps that changed the weights."""
+        self.lr_scale = 1.0
+        """Factor of the learning rate; each roll back makes it smaller."""
 
     @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
@@ -179,12 +181,13 @@ class Policy:
         parts = run_schedule(self._schedule, micro_batches, compute, forward_only=False)
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
-        lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps)
+        lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
         set_learning_rate(self._optimizer, self._optim, lr)
-        grad_norm = gradient_norm(self._optimizer)
+        norm = gradient_norm(self._optimizer)
+        grad_norm = float(norm)
         skipped = _not_finite(metrics, grad_norm)
         if skipped is None:
-            apply_gradients(self._optimizer)
+            apply_gradients(self._optimizer, self._optim, norm)
             self.updates += 1
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
@@ -201,7 +204,11 @@ class Policy:
         Args:
             files: of rank 0, to be laid beside them: name -> content.
         """
-        steps = {"optimizer_steps": self.optimizer_steps, "updates": self.updates}
+        steps = {
+            "optimizer_steps": self.optimizer_steps,
+            "updates": self.updates,
+            "lr_scale": self.lr_scale,
+        }
         # Before its first update Adam has no state, which upstream cannot save.
         optimizer = self._optimizer if self.updates else None
         state = steps | trainer_state
@@ -213,7 +220,14 @@ class Policy:
         """Continue from a checkpoint of any layout; returns its trainer state."""
         state = load_checkpoint(path, self._chunks, self._optimizer)
         self.optimizer_steps, self.updates = state["optimizer_steps"], state["updates"]
+        self.lr_scale = state.get("lr_scale", 1.0)
         return state
+
+    def roll_back(self, path: Path, *, lr_factor: float) -> None:
+        """Take weights and Adam's state of an earlier checkpoint; the schedule goes on, scaled."""
+        clock, lr_scale = self.optimizer_steps, self.lr_scale * lr_factor
+        self.load(path)
+        self.optimizer_steps, self.lr_scale = clock, lr_scale
 
 
 def _all_reduce(tensor: Tensor, op: Any) -> None:

@@ -23,6 +23,11 @@ def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequ
     return _unflatten(_broadcast(integers, torch.int64), _broadcast(floats, torch.float32))
 
 
+def share_integer(value: int) -> int:
+    """Rank 0's value, on every rank. Collective over the world."""
+    return int(_broadcast(torch.tensor([value]), torch.int64)[0])
+
+
 def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor]:
     header = [len(sequences)]
     for s in sequences:

@@ -108,7 +108,7 @@ def _method(study: Study) -> str:
     return _METHOD.format(
         window=study.spec.collapse.window,
         share=study.spec.collapse.share,
-        bad_steps=config.tracking.max_bad_steps,
+        bad_steps=config.stability.not_finite,
         every=f"every {every} steps" if every > 1 else "every step",
         n=len(study.spec.seeds),
         reference=study.spec.reference,

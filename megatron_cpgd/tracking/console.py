@@ -20,7 +20,7 @@ _LAST_ROWS = 10
 
 
 def step_line(step: int, steps: int, metrics: Mapping[str, Any]) -> str:
-    """One aligned line on a finished step, evaluations last.
+    """One aligned line on a finished step, evaluations and what is wrong last.
 
     `-` stands for a metric that is missing; before training there are only evaluations.
     """
@@ -31,9 +31,12 @@ def step_line(step: int, steps: int, metrics: Mapping[str, Any]) -> str:
         for name in sorted(values)
         if _is_eval_accuracy(name)
     ]
+    wrong = (
+        [f"! {', '.join(values['stability/findings'])}"] if "stability/findings" in values else []
+    )
     trained = any(name in values for name, _, _ in _STEP_COLUMNS)
     return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(
-        (cells if trained else []) + evals
+        (cells if trained else []) + evals + wrong
     )
 
 

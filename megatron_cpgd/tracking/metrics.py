@@ -10,7 +10,7 @@ from typing import Any
 from megatron_cpgd.errors import DataError
 
 type Row = dict[str, Any]
-"""`step` (int) and metric name -> number; a few metrics, such as a digest, are strings."""
+"""`step` (int) and metric name -> number; a few are strings or, as the findings, lists of them."""
 
 # JSON has no word for these, so they are written as strings.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -42,7 +42,7 @@ class MetricsLog:
         """Write the row of a step to disk.
 
         Args:
-            metrics: name -> number (anything that `float` accepts) or string.
+            metrics: name -> number (anything that `float` accepts), string or list of strings.
         """
         row = {"step": step} | {name: _to_json(value) for name, value in metrics.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -85,7 +85,7 @@ def _parse_row(line: bytes) -> Row | None:
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, str | int):
+    if isinstance(value, str | int | list):
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)

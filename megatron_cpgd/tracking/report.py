@@ -2,7 +2,12 @@
 
 import sys
 
-from megatron_cpgd.errors import UserError
+from pydantic import ValidationError
+
+from megatron_cpgd.config.stability import StabilityConfig
+from megatron_cpgd.config.yaml_io import read_yaml
+from megatron_cpgd.errors import ConfigError, UserError
+from megatron_cpgd.stability.detector import find_collapses
 from megatron_cpgd.tracking.console import summary_table
 from megatron_cpgd.tracking.metrics import read_metrics
 from megatron_cpgd.tracking.plot import plot_learning_curve
@@ -10,7 +15,7 @@ from megatron_cpgd.tracking.run_folder import RunFolder
 
 
 def print_report(folder: RunFolder) -> None:
-    """Print the summary table of metrics.jsonl and draw learning_curve.png.
+    """Print the summary table of metrics.jsonl and its findings, and draw learning_curve.png.
 
     Raises:
         UserError: the folder holds no finished step.
@@ -21,5 +26,24 @@ def print_report(folder: RunFolder) -> None:
     if not rows:
         raise UserError(f"{folder.metrics}: no finished step yet")
     plot_learning_curve(rows, folder.learning_curve)
-    sys.stdout.write(f"{summary_table(rows)}\nplot: {folder.learning_curve}\n")
+    findings = [finding.message for finding in find_collapses(rows, _stability(folder))]
+    lines = [summary_table(rows), *findings, f"plot: {folder.learning_curve}"]
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+def _stability(folder: RunFolder) -> StabilityConfig:
+    """The section of the run's own configuration; the defaults if that is older than the section.
+
+    Raises:
+        ConfigError: the section does not fit this version.
+    """
+    config = read_yaml(folder.config) if folder.config.exists() else {}
+    try:
+        return StabilityConfig.model_validate(config.get("stability", {}))
+    except ValidationError as error:
+        problems = "; ".join(f"{each['loc'][-1:]} {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{folder.config}: the section `stability` does not fit this version: {problems}; "
+            "repair it there"
+        ) from error

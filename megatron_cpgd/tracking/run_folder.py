@@ -60,6 +60,11 @@ class RunFolder:
         """Folder of one checkpoint."""
         return self.checkpoints / _step_name(step)
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of all checkpoints that were written to their end, ascending."""
+        names = [path.name for path in self.checkpoints.glob("step_*") if not path.suffix]
+        return sorted(int(name.removeprefix("step_")) for name in names)
+
     def hf(self, step: int) -> Path:
         """Folder of one Hugging Face export."""
         return self.dir / "hf" / _step_name(step)

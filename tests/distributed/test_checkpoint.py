@@ -8,8 +8,14 @@ from safetensors.torch import load_file
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.checkpoint import check_checkpoint
-from tests.helpers.checkpoint_jobs import broken_step_job, continue_job, save_job
-from tests.helpers.policy_jobs import logprobs_job, with_old_logprobs
+from tests.helpers.checkpoint_jobs import (
+    broken_step_job,
+    continue_job,
+    roll_back_job,
+    save_job,
+    upstream_step_job,
+)
+from tests.helpers.policy_jobs import logprobs_job, train_job, with_old_logprobs
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 
@@ -60,6 +66,45 @@ def test_a_run_without_the_distributed_optimizer_resumes_too(model, sequences, t
     expected = run_distributed(2, save_job, config, sequences, folder)[0]
     result = run_distributed(2, continue_job, config, sequences, folder)[0]
     assert (result["logprobs"] - expected).abs().max() < 1e-3
+
+
+LAYOUTS = {
+    "tp2": {"parallel": {"tp": 2}},
+    "dp2_bf16": {"parallel": {"dp": 2}, "precision": {"train": "bf16"}},
+    "dp2_replicated": {"parallel": {"dp": 2}, "optim": {"lr": 1e-3, "distributed": False}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_roll_back_restores_weights_and_moments_bit_by_bit_and_the_schedule_goes_on(
+    model, sequences, tmp_path, layout
+):
+    config = tiny_config(model, **LAYOUTS[layout])
+    result = run_distributed(2, roll_back_job, config, sequences, tmp_path)[0]
+    saved, restored, third, again = (
+        load_file(tmp_path / f"{name}.safetensors")
+        for name in ("saved", "restored", "third", "third_again")
+    )
+    assert all(torch.equal(saved[name], restored[name]) for name in saved)
+    assert all(torch.equal(third[name], again[name]) for name in saved)
+    assert any(not torch.equal(saved[name], third[name]) for name in saved)
+    # Five optimizer steps were made, two of them are in the weights.
+    assert result["clock"] == (5, 2)
+    assert result["learning_rate"] == 1e-3 * 0.5 * 0.5
+
+
+# A norm of some 0.1 is clipped to 1e-3: without clipping, Adam's second step would differ.
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_is_bit_by_bit_that_of_megatron(model, sequences, tmp_path, layout):
+    sections = LAYOUTS[layout]
+    optim = {"lr": 1e-3, "grad_clip": 1e-3} | sections.get("optim", {})
+    config = tiny_config(model, **(sections | {"optim": optim}))
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    result = run_distributed(2, train_job, config, sequences, ours)[0]
+    assert min(result["grad_norms"]) > 1e-2
+    run_distributed(2, upstream_step_job, config, sequences, theirs)
+    ours, theirs = load_file(ours), load_file(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_file_of_another_size_is_named(saved, tmp_path):

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from megatron_cpgd.algorithm.objective import Objective
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.policy import policy as policy_module
 from megatron_cpgd.types import LossSequence
-from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
+from tests.helpers.policy_jobs import OBJECTIVE, build_policy, train_job, write_weights
 
 
 def save_job(config: ExperimentConfig, sequences: list[LossSequence], folder: Path) -> torch.Tensor:
@@ -88,3 +89,40 @@ def poisoned_rank_job(
     write_weights(policy, after)
     skipped.append(policy.train_step(sequences, OBJECTIVE).skipped)
     return skipped
+
+
+def roll_back_job(
+    config: ExperimentConfig, sequences: list[LossSequence], folder: Path
+) -> dict[str, Any]:
+    """Two steps, a checkpoint, three more, back to the checkpoint, and the third step again.
+
+    Weights are written to saved, restored, third and third_again.safetensors in `folder`.
+    """
+    policy = build_policy(config)
+    for _ in range(2):
+        policy.train_step(sequences, OBJECTIVE)
+    write_weights(policy, folder / "saved.safetensors")
+    policy.save(folder / "step_000002", {"step": 2})
+    policy.train_step(sequences, OBJECTIVE)
+    write_weights(policy, folder / "third.safetensors")
+    for _ in range(2):
+        policy.train_step(sequences, OBJECTIVE)
+    policy.roll_back(folder / "step_000002", lr_factor=1.0)
+    write_weights(policy, folder / "restored.safetensors")
+    clock = policy.optimizer_steps, policy.updates
+    policy.train_step(sequences, OBJECTIVE)
+    write_weights(policy, folder / "third_again.safetensors")
+    policy.roll_back(folder / "step_000002", lr_factor=0.5)
+    policy.roll_back(folder / "step_000002", lr_factor=0.5)
+    return {
+        "clock": clock,
+        "learning_rate": policy.train_step(sequences, OBJECTIVE).learning_rate,
+    }
+
+
+def upstream_step_job(
+    config: ExperimentConfig, sequences: list[LossSequence], weights: Path
+) -> dict[str, Any]:
+    """As `train_job`, with Megatron's own `optimizer.step()`."""
+    policy_module.apply_gradients = lambda optimizer, optim, norm: optimizer.step()
+    return train_job(config, sequences, weights)

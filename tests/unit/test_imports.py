@@ -9,11 +9,13 @@ PACKAGE = Path(megatron_cpgd.__file__).parent
 ROWS = (
     {"cli", "study"},
     {"train", "evaluate"},
+    {"guard"},
     {"run"},
     {"batch_queue"},
     {"sampler", "weight_sync"},
     {"policy", "rollout", "demo"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch"},
+    {"stability"},
     {"config"},
     {"types", "errors", "files"},
 )

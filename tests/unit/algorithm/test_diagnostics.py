@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_cpgd.algorithm.diagnostics import (
     MAXIMA,
+    QUANTILES,
     TOTALS,
     empty_statistics,
     merge_statistics,
@@ -95,8 +96,35 @@ def test_every_metric_of_a_worked_example():
         "policy/loss": 0.5 * (-math.log(1.2) + math.log(0.8) + 0.1 * 0.5)
         + 0.25 * (2 * math.log(4) - 0.1),
     }
+    # Smallest and largest ratio; a bin is exact to 2.5 % of the log-ratio.
+    low, high, higher = (metrics.pop(f"policy/ratio_{q}") for q in ("p01", "p99", "p999"))
+    assert math.log(low) == pytest.approx(math.log(0.5), rel=0.025)
+    assert math.log(high) == math.log(higher) == pytest.approx(math.log(4.0), rel=0.025)
     assert metrics.keys() == expected.keys()
     assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.05, 1.0])
+def test_ratio_quantiles_are_those_of_torch_to_the_width_of_a_bin(scale):
+    batch = random_batch(0, size=20_001) | {"mask": torch.ones(20_001, dtype=torch.bool)}
+    noise = torch.randn(20_001, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    batch["logprobs"] = batch["old_logprobs"] + (scale * (noise + 0.5 * noise**2)).float()
+    log_ratio = (batch["logprobs"] - batch["old_logprobs"]).double()
+    metrics = statistics(batch).finish()
+    for name, q in QUANTILES.items():
+        # 5 % are two halves of a bin: one for the bin, one for the interpolation of torch.
+        expected = log_ratio.quantile(q).item()
+        assert math.log(metrics[name]) == pytest.approx(expected, rel=0.05, abs=1e-4), name
+
+
+def test_ratio_quantiles_of_equal_policies_are_one_and_extremes_stay_finite():
+    batch = worked_batch() | {"old_logprobs": worked_batch()["logprobs"]}
+    metrics = statistics(batch).finish()
+    assert [metrics[name] for name in QUANTILES] == [1.0, 1.0, 1.0]
+    far = worked_batch() | {"old_logprobs": worked_batch()["logprobs"] - 50.0}
+    metrics = statistics(far).finish()
+    # Beyond the last edge, 1e-4 * 1.05^250 = 19.8.
+    assert metrics["policy/ratio_p999"] == pytest.approx(math.exp(1e-4 * 1.05**250))
 
 
 def test_the_loss_is_the_one_that_was_trained_on():
@@ -165,7 +193,8 @@ def test_no_token_at_all_reports_only_the_loss():
 
 def test_flat_tensors_have_fixed_float64_entries():
     for part in (statistics(worked_batch()), empty_statistics()):
-        assert part.totals.shape == (len(TOTALS),) and part.totals.dtype == torch.float64
+        # Behind the named totals 2 * 251 bin edges make 503 bins.
+        assert part.totals.shape == (len(TOTALS) + 503,) and part.totals.dtype == torch.float64
         assert part.maxima.shape == (len(MAXIMA),) and part.maxima.dtype == torch.float64
 
 
@@ -182,7 +211,7 @@ def test_merged_parts_equal_the_whole(seed, cuts):
     # The loss is summed in float32 inside a part, the rest in float64.
     loss = TOTALS.index("policy/loss")
     torch.testing.assert_close(merged.totals[loss], whole.totals[loss], rtol=1e-5, atol=1e-5)
-    keep = [i for i in range(len(TOTALS)) if i != loss]
+    keep = [i for i in range(len(whole.totals)) if i != loss]
     torch.testing.assert_close(merged.totals[keep], whole.totals[keep], rtol=1e-12, atol=1e-12)
     assert torch.equal(merged.maxima, whole.maxima)
 

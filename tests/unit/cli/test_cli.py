@@ -191,6 +191,19 @@ def test_report_prints_a_table_and_draws_a_plot(tmp_path, capsys):
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_names_findings_by_the_configuration_of_the_run(tmp_path, capsys):
+    rows = [{"step": step, "policy/kl_k3": 0.05} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "drift_explosion" not in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text("stability: {drift_explosion: 0.01, patience: 3}\n")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "step 3: drift_explosion since step 1: expected" in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text("stability: {fear: 1}\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "config.yaml: the section `stability` does not fit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "no such file"), ("", "no finished step"), ("{}\nx", ":1: not")]
 )

@@ -58,6 +58,15 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "rollout.logprob_diff_limit compares the trainer's",
         ),
         ([OLD_SAMPLER, "rollout.top_p=0.9"], "algorithm.old_policy=sampler divides by the sampler"),
+        (
+            ["stability.action=off", "stability.reward_drop=0.3"],
+            "stability.reward_drop=0.3 does nothing while stability.action=off",
+        ),
+        (
+            [OLD_SAMPLER, "stability.mismatch=0.5"],
+            "stability.mismatch=0.5 does nothing: rollout/kl",
+        ),
+        (["stability.lr_factor=0.1"], "stability.lr_factor=0.1 does nothing while stability.act"),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
         (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
         (
@@ -170,6 +179,8 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         ["parallel.pp=2", "parallel.vpp=3"],  # 6 layers
         ["optim.schedule=linear", "optim.min_lr=1e-7"],
         ["parallel.sequence_parallel=true"],
+        ["stability={action: off, not_finite: 9}"],
+        ["stability={action: roll_back, lr_factor: 0.1, max_roll_backs: 5}"],
         ["rollout.prompts_per_step=4"],
         ["data.answer_key=null", "rewards.functions=[{type: format, pattern: 'a.*'}]"],
         ["rewards.functions=[{type: python, path: my.rewards.score}]"],

@@ -24,6 +24,11 @@ def test_a_step_is_one_line_with_every_number():
     )  # clip 0.001 + 0.002
 
 
+def test_what_is_wrong_stands_at_the_end_of_the_line():
+    line = step_line(7, 200, METRICS | {"stability/findings": ["reward_drop", "repetition"]})
+    assert line == f"{step_line(7, 200, METRICS)}  ! reward_drop, repetition"
+
+
 def test_lines_of_different_steps_are_aligned():
     other = METRICS | {"reward/mean": -0.125, "policy/grad_norm": math.nan}
     del other["policy/entropy"]

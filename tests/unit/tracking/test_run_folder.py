@@ -15,6 +15,16 @@ def test_files_lie_where_the_documentation_says():
     assert folder.log(3) == Path("RUN/logs/rank_3.log")
 
 
+def test_checkpoints_are_listed_by_step_without_unfinished_ones(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.checkpoint_steps() == []
+    for step in (1_000_000, 20, 3):
+        folder.checkpoint(step).mkdir(parents=True)
+    (folder.checkpoints / "step_000030.partial").mkdir()
+    (folder.checkpoints / "latest").write_text("step_000020")
+    assert folder.checkpoint_steps() == [3, 20, 1_000_000]
+
+
 def test_versions_are_those_that_are_installed(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.write_versions()
