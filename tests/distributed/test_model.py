@@ -1,9 +1,12 @@
 """The Megatron model is the Hugging Face model, under every layout and in both directions."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_cpgd.policy.logprobs import LogprobSettings
 from tests.helpers.model_jobs import (
     load_weights_job,
     logits_job,
@@ -100,26 +103,62 @@ def test_a_checkpoint_of_one_layout_holds_the_same_bits_under_another(saved, tmp
     assert all(torch.equal(loaded[name], original[name]) for name in original)
 
 
-# 5 columns on 4 ranks: shares of 2, 2, 1 and 0 columns.
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("columns", [5, 64])
-def test_sharded_logprobs_entropy_and_gradient_equal_log_softmax(ranks, columns):
-    generator = torch.Generator().manual_seed(2)
-    logits = 3 * torch.randn(7, columns, generator=generator)
-    targets = torch.randint(columns, (7,), generator=generator)
-    results = run_distributed(ranks, sharded_logprobs_job, logits, targets, 0.7)
-
-    whole = logits.double().requires_grad_()
-    log_p = (whole / 0.7).log_softmax(-1)
+def log_softmax_results(hidden, weight, targets, upstream, temperature):
+    """What `sharded_logprobs_job` returns, by autograd in float64 and with all logits at once."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    log_p = (hidden @ weight.T / temperature).log_softmax(-1)
     logprobs = log_p.gather(1, targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    (2.0 * logprobs + 0.5 * entropy).sum().backward()
+    (upstream * logprobs).sum().backward()
+    return logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
 
-    for got_logprobs, got_entropy, _ in results:
-        torch.testing.assert_close(got_logprobs.double(), logprobs.detach(), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(got_entropy.double(), entropy.detach(), atol=1e-6, rtol=1e-5)
-    gradient = torch.cat([result[2] for result in results], dim=1).double()
-    torch.testing.assert_close(gradient, whole.grad, atol=1e-6, rtol=1e-5)
+
+def head_inputs(columns, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(7, 16, generator=generator).to(dtype)
+    weight = torch.randn(columns, 16, generator=generator).to(dtype)
+    targets = torch.randint(columns, (7,), generator=generator)
+    return hidden, weight, targets, torch.randn(7, generator=generator)
+
+
+# 5 columns on 4 ranks: shares of 2, 2, 1 and 0 columns. 7 tokens: chunks of 3, 3 and 1.
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("columns", [5, 64])
+@pytest.mark.parametrize("chunk_tokens", [3, 7])
+def test_sharded_logprobs_entropy_and_gradients_equal_log_softmax(ranks, columns, chunk_tokens):
+    inputs = head_inputs(columns)
+    settings = LogprobSettings(vocab_size=columns, temperature=0.7, chunk_tokens=chunk_tokens)
+    results = run_distributed(ranks, sharded_logprobs_job, *inputs, settings)
+    logprobs, entropy, grad_hidden, grad_weight = log_softmax_results(*inputs, 0.7)
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    for result in results:
+        close(result[0].double(), logprobs)
+        close(result[1].double(), entropy)
+        close(result[2].double(), grad_hidden)
+    close(torch.cat([result[3] for result in results]).double(), grad_weight)
+
+
+def test_the_logprob_function_can_be_differentiated_twice_in_a_row():
+    """The first pass leaves gradients in the buffer that held the last chunk's logits."""
+    inputs = head_inputs(64)
+    settings = LogprobSettings(vocab_size=64, temperature=1.0, chunk_tokens=3)
+    [once] = run_distributed(1, sharded_logprobs_job, *inputs, settings)
+    [twice] = run_distributed(1, sharded_logprobs_job, *inputs, settings, backwards=2)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_bf16_logits_have_fp32_logprobs_and_the_gradient_of_one_rounding_per_product():
+    """The logits round to 8 bits and so do the gradients; with fp32 statistics nothing adds up."""
+    hidden, weight, targets, upstream = head_inputs(64, torch.bfloat16)
+    settings = LogprobSettings(vocab_size=64, temperature=1.0, chunk_tokens=7)
+    [result] = run_distributed(1, sharded_logprobs_job, hidden, weight, targets, upstream, settings)
+    rounded = (hidden @ weight.T).float()
+    expected = rounded.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert result[0].dtype == torch.float32
+    torch.testing.assert_close(result[0], expected, atol=1e-5, rtol=1e-5)
+    _, _, grad_hidden, grad_weight = log_softmax_results(hidden, weight, targets, upstream, 1.0)
+    for got, want in zip(result[2:], (grad_hidden, grad_weight), strict=True):
+        assert (got.double() - want).norm() < 0.02 * want.norm()
 
 
 def test_a_forked_rng_stream_gives_the_default_stream_back():

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.policy.logprobs import vocab_parallel_logprobs
+from megatron_cpgd.policy.logprobs import LogprobSettings, linear_logprobs
 from tests.helpers.policy_jobs import build_policy, write_weights
 
 
@@ -41,19 +41,31 @@ def load_weights_job(config: ExperimentConfig, folder: Path, target: Path) -> No
 
 
 def sharded_logprobs_job(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    upstream: torch.Tensor,
+    settings: LogprobSettings,
+    backwards: int = 1,
 ) -> tuple[torch.Tensor, ...]:
-    """(log-probs, entropy, gradient) of logits whose columns are split evenly over the ranks."""
+    """(log-probs, entropy, gradients of hidden and of weight), the rows of weight split evenly.
+
+    A shard is filled up with padding rows of large logits, as many as the others have rows.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
-    width = -(-logits.size(1) // size)
-    first = min(rank * width, logits.size(1))
-    mine = logits[:, first : first + width].clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(
-        mine, targets, temperature=temperature, first=first, group=dist.group.WORLD
-    )
-    (2.0 * logprobs + 0.5 * entropy).sum().backward()
-    assert mine.grad is not None
-    return logprobs.detach(), entropy.detach(), mine.grad
+    width = -(-len(weight) // size)
+    mine = weight[rank * width : (rank + 1) * width]
+    padded = torch.full((width, weight.size(1)), 9.0, dtype=weight.dtype)
+    padded[: len(mine)] = mine
+    hidden, padded = hidden.clone().requires_grad_(), padded.requires_grad_()
+    logprobs, entropy = linear_logprobs(hidden, padded, targets, settings, dist.group.WORLD)
+    for _ in range(backwards):
+        hidden.grad = padded.grad = None
+        (upstream * logprobs).sum().backward(retain_graph=True)
+    assert hidden.grad is not None and padded.grad is not None and not entropy.requires_grad
+    assert not padded.grad[len(mine) :].any()
+    dist.all_reduce(hidden.grad)
+    return logprobs.detach(), entropy, hidden.grad, padded.grad[: len(mine)]
 
 
 def rng_job() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
