@@ -207,8 +207,9 @@ class BatchConfig(Config):
     """Token budget of one forward-backward pass of one data-parallel rank, padding included."""
     tokens_per_logprob_batch: int | None = Field(None, ge=1)
     """Token budget of a pass without gradient; default: twice the one above."""
-    logprob_chunk_tokens: int = Field(4096, ge=1)
-    """Tokens whose logits exist at one time."""
+    logprob_chunk_tokens: int = Field(8192, ge=1)
+    """Tokens whose logits exist at one time. Fewer take less memory; if a micro-batch has more, the
+    backward pass computes the logits of all but the last so many again."""
 
 
 class EvalSet(Config):
