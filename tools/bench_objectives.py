@@ -493,7 +493,7 @@ def print_objectives(seconds: dict[tuple[str, int], tuple[float, float]], step_s
         print(f"{name:8} {tokens:7d}  {1e9 * evaluate / tokens:8.0f} | {1e9 * build / tokens:8.0f}")
     most = max(tokens for _, tokens in seconds)
     worst = max(evaluate for (_, tokens), (evaluate, _) in seconds.items() if tokens == most)
-    print(f"slowest evaluate / log-probs, entropy and gradients: {worst / step_s:.1%}")
+    print(f"slowest evaluate / log-probs, entropy and gradients: {worst / step_s:.3%}")
 
 
 def main(argv: list[str] | None = None) -> int:
