@@ -92,6 +92,8 @@ class PlainTokens:
 
     old_logprobs: Tensor
     advantages: Tensor
+    ref_logprobs: Tensor | None
+    """None for a method without a reference policy."""
     response: Tensor
     """Index of the token's response."""
 
@@ -129,6 +131,7 @@ def make_batch(case: Case) -> Batch:
             rollout_logprobs=values,
             advantage=torch.randn((), generator=generator).item(),
             old_logprobs=values,
+            ref_logprobs=values - 0.2,
         )
         for i, (ids, values) in enumerate(
             zip(targets.split(case.response_tokens), old.split(case.response_tokens), strict=True)
@@ -177,13 +180,15 @@ def plain_loss(case: Case, batch: Batch) -> Tensor:
 
 def plain_objective(name: str, logprobs: Tensor, batch: Batch) -> Tensor:
     """The published loss of a method, for autograd."""
+    flat = {name: values[0] for name, values in batch.tokens.items()}
     tokens = PlainTokens(
-        old_logprobs=batch.tokens["old_logprobs"][0],
-        advantages=batch.tokens["advantages"][0],
+        old_logprobs=flat["old_logprobs"],
+        advantages=flat["advantages"],
+        ref_logprobs=flat.get("ref_logprobs"),
         response=batch.sequences.index[0],
     )
     per_token = PLAIN_OBJECTIVES[name](logprobs, tokens, algorithm(name))
-    return (batch.tokens["coefficients"][0] * per_token).sum()
+    return (flat["coefficients"] * per_token).sum()
 
 
 def _plain_cpgd(logprobs: Tensor, tokens: PlainTokens, config: AlgorithmConfig) -> Tensor:
@@ -197,8 +202,12 @@ def _plain_cpgd(logprobs: Tensor, tokens: PlainTokens, config: AlgorithmConfig) 
 
 
 def _plain_grpo(logprobs: Tensor, tokens: PlainTokens, config: AlgorithmConfig) -> Tensor:
-    """arXiv:2402.03300 without its KL."""
-    return _ppo((logprobs - tokens.old_logprobs).exp(), tokens, config)
+    """arXiv:2402.03300, Eq. 3 and 4."""
+    assert tokens.ref_logprobs is not None, "the preset has a reference policy"
+    q = tokens.ref_logprobs - logprobs
+    kl = q.exp() - q - 1
+    policy = _ppo((logprobs - tokens.old_logprobs).exp(), tokens, config)
+    return policy + config.reference.coef * kl
 
 
 def _plain_gspo(logprobs: Tensor, tokens: PlainTokens, config: AlgorithmConfig) -> Tensor:
@@ -441,12 +450,11 @@ def _plain_bytes(case: Case, measured: list[Row]) -> float:
 
 
 def _extrapolate(row: Row, case: Case) -> Result:
-    """Time and memory grow with the tokens, but for the gradient of the weight."""
-    fixed = DTYPES[case.dtype].itemsize * case.hidden * case.vocab
+    """In proportion to the tokens: the plain peak is its [tokens, vocab] tensors alone."""
     growth = case.tokens / row.tokens
     return Result(
         seconds=row.plain.seconds * growth,
-        peak_bytes=int(fixed + (row.plain.peak_bytes - fixed) * growth),
+        peak_bytes=int(row.plain.peak_bytes * growth),
         loss=float("nan"),
         grad_hidden_norm=float("nan"),
         grad_weight_norm=float("nan"),
@@ -573,10 +581,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":
