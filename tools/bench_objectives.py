@@ -132,6 +132,7 @@ def make_batch(case: Case) -> Batch:
             advantage=torch.randn((), generator=generator).item(),
             old_logprobs=values,
             ref_logprobs=values - 0.2,
+            truncated=False,
         )
         for i, (ids, values) in enumerate(
             zip(targets.split(case.response_tokens), old.split(case.response_tokens), strict=True)
