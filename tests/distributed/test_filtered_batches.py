@@ -77,7 +77,9 @@ def test_a_step_without_loss_leaves_weights_and_optimizer_as_they_are(ranks):
 def test_the_row_of_a_step_says_what_there_was(ranks):
     for rank in ranks:
         metrics = {name: result["metrics"] for name, result in rank.items()}
-        assert metrics["no group"] == {"policy/optimizer_steps": 0, "policy/skipped_steps": 0}
+        assert metrics["no group"] == {
+            "policy/optimizer_steps": 0, "policy/skipped_steps": 0, "policy/skipped_in_a_row": 0
+        }  # fmt: skip
         assert "policy/grad_norm" not in metrics["all masked"]
         # It was sampled, so trainer and engine are compared on it.
         assert metrics["all masked"]["rollout/logprob_abs_diff_mean"] > 0
