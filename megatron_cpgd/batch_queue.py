@@ -8,7 +8,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from megatron_cpgd.sampler import Sampler, ScoredBatch
+from megatron_cpgd.sampler import Sampler
+from megatron_cpgd.scored_batch import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
 
 FILE = "batches.msgpack"

@@ -28,7 +28,7 @@ from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
-from megatron_cpgd.sampler import ScoredBatch, batch_metrics, train_sequences
+from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.report import print_report
 from megatron_cpgd.tracking.rollout_log import write_rollouts
 from megatron_cpgd.tracking.timer import StepTimer

@@ -5,7 +5,7 @@ import torch
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.batch_queue import BatchQueue
-from megatron_cpgd.sampler import ScoredBatch
+from megatron_cpgd.scored_batch import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
 

@@ -18,7 +18,7 @@ from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig, NoCorrection, RejectionConfig
 from megatron_cpgd.config.load import load_config
 from megatron_cpgd.rewards.base import RewardResult
-from megatron_cpgd.sampler import SampledResponses, ScoredBatch, batch_metrics
+from megatron_cpgd.scored_batch import SampledResponses, ScoredBatch, batch_metrics
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
 from tests.helpers.valid_run import write_run
 

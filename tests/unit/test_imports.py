@@ -14,6 +14,7 @@ ROWS = (
     {"batch_queue"},
     {"sampler", "weight_sync"},
     {"policy", "rollout", "demo"},
+    {"scored_batch"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch"},
     {"stability"},
     {"config"},
