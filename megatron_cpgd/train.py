@@ -6,11 +6,9 @@ import torch
 
 from megatron_cpgd.algorithm.coefficients import split_mini_batches
 from megatron_cpgd.algorithm.correction import correction_metrics
-from megatron_cpgd.algorithm.mismatch import compute_mismatch
-from megatron_cpgd.algorithm.objective import (
+from megatron_cpgd.algorithm.loss_sequences import (
     bears_loss,
     build_loss_sequences,
-    build_objective,
     has_epoch_weights,
     mask_metrics,
     old_logprobs,
@@ -19,6 +17,8 @@ from megatron_cpgd.algorithm.objective import (
     set_epoch_weights,
     without_loss,
 )
+from megatron_cpgd.algorithm.mismatch import compute_mismatch
+from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.reference_kl import reference_metrics
 from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.config.schema import ExperimentConfig

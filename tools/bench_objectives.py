@@ -26,12 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpgd.algorithm.objective import (
-    Objective,
-    Tokens,
-    build_loss_sequences,
-    build_objective,
-)
+from megatron_cpgd.algorithm.loss_sequences import build_loss_sequences
+from megatron_cpgd.algorithm.objective import Objective, Tokens, build_objective
 from megatron_cpgd.algorithm.sequences import Sequences, one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.presets import PRESETS

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_cpgd.algorithm.objective import without_loss
+from megatron_cpgd.algorithm.loss_sequences import without_loss
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.train import _optimise
 from megatron_cpgd.types import TrainSequence

@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_cpgd.algorithm.objective import build_loss_sequences, build_objective, without_loss
+from megatron_cpgd.algorithm.loss_sequences import build_loss_sequences, without_loss
+from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.reference_kl import reference_metrics
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.policy import reference

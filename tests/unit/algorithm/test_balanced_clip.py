@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpgd.algorithm.balanced_clip import balanced_bounds
-from megatron_cpgd.algorithm.objective import build_loss_sequences, searched_clip
+from megatron_cpgd.algorithm.loss_sequences import build_loss_sequences, searched_clip
 from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.types import TrainSequence
 

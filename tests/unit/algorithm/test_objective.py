@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from megatron_cpgd.algorithm.objective import (
+from megatron_cpgd.algorithm.loss_sequences import (
     bears_loss,
     build_loss_sequences,
-    build_objective,
     mask_metrics,
     set_epoch_weights,
     without_loss,
 )
+from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import (
     AlgorithmConfig,

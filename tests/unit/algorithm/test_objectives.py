@@ -16,11 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
-from megatron_cpgd.algorithm.objective import (
-    build_loss_sequences,
-    build_objective,
-    searched_clip,
-)
+from megatron_cpgd.algorithm.loss_sequences import build_loss_sequences, searched_clip
+from megatron_cpgd.algorithm.objective import build_objective
 from megatron_cpgd.algorithm.reference_kl import reference_kl, reference_metrics
 from megatron_cpgd.algorithm.sequences import one_rank_sequences
 from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
