@@ -105,6 +105,7 @@ def _draw_outcome(study: Study, question: Question, tables: Tables) -> Figure:
     final_axis.set_xlabel("final held-out accuracy")
     difference_axis.axvline(0, color="black", lw=1)
     difference_axis.set_xlim(-1, 1)
+    difference_axis.set_xticks([-1, -0.5, 0, 0.5, 1])
     difference_axis.set_xlabel(f"minus {study.spec.reference}, same seed")
     for axis in figure.axes:
         axis.grid(alpha=0.3, axis="x")
