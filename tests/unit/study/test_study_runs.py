@@ -86,13 +86,15 @@ def test_a_run_that_fails_twice_is_reported_and_the_others_are_made(runs, tmp_pa
 def test_ctrl_c_leaves_no_worker(make_study, tmp_path):
     study = make_study()
     code = (
-        "import sys\n"
+        "import signal, sys\n"
         "from pathlib import Path\n"
         "from megatron_cpgd.study.pool import make_runs\n"
         "from megatron_cpgd.study.runs import plan_runs\n"
         "from megatron_cpgd.study.spec import load_study\n"
         "from tests.helpers.study import hang\n"
         "if __name__ == '__main__':\n"
+        # A test run in the background has inherited that SIGINT is ignored.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    out = Path(sys.argv[2])\n"
         "    runs = plan_runs(load_study(Path(sys.argv[1]), to_run=True), out)\n"
         "    make_runs(runs, workers=1, logs=out, show=print, target=hang)\n"
