@@ -77,6 +77,13 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
             "set parallel.pp > 1 or parallel.vpp=1"
         )
+    ranks = parallel.tp * parallel.cp * parallel.dp
+    if ranks % (parallel.ep * parallel.etp):
+        yield (
+            f"parallel.ep={parallel.ep} * etp={parallel.etp} must divide tp={parallel.tp} * "
+            f"cp={parallel.cp} * dp={parallel.dp} = {ranks}: the experts are spread over these "
+            "ranks; change one of them"
+        )
     if optim.schedule == "constant" and optim.min_lr > 0:
         yield (
             f"optim.min_lr={optim.min_lr} does nothing: optim.schedule=constant never decays; "

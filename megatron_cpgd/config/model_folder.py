@@ -10,11 +10,13 @@ from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
 }
 """Supported `model_type` -> class in `architectures`."""
 
 ROPE_TYPES = ("default", "llama3")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -106,6 +108,7 @@ def _sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads  # absent: multi-head attention
     yield from _layout(config.parallel, heads, kv_heads, hf["num_hidden_layers"], path)
+    yield from _experts(hf, path, config)
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     if prompt + response > hf["max_position_embeddings"]:
         yield (
@@ -130,6 +133,31 @@ def _layout(
         yield (
             f"parallel.pp={sizes.pp} * vpp={sizes.vpp} = {stages} does not divide "
             f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}"
+        )
+
+
+def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
+    sizes, coefficient = config.parallel, config.model.router_aux_loss_coef
+    experts = next((hf[name] for name in _EXPERT_COUNTS if name in hf), None)
+    if experts is None:
+        settings = {
+            "parallel.ep": (sizes.ep, 1),
+            "parallel.etp": (sizes.etp, 1),
+            "model.router_aux_loss_coef": (coefficient, 0),
+        }
+        for name, (value, neutral) in settings.items():
+            if value != neutral:
+                yield f"{name}={value}: {path} has no experts; set {name}={neutral}"
+        return
+    width: Any = hf.get("moe_intermediate_size", hf.get("intermediate_size"))
+    shares = (("ep", sizes.ep, "experts", experts), ("etp", sizes.etp, "rows of an expert", width))
+    for name, size, what, count in shares:
+        if _is_size(count) and count % size:
+            yield f"parallel.{name}={size} does not divide the {count} {what} of {path}"
+    if sizes.tp > 1 and not sizes.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel=false: with tp={sizes.tp} the experts of {path} need it; "
+            "set sequence_parallel=true or tp=1"
         )
 
 

@@ -34,6 +34,9 @@ class ModelConfig(Config):
     """Run Python code that comes with the checkpoint or the tokenizer. Off unless you trust it."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: `selective` redoes the core attention, `full` every layer."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss (arXiv:2101.03961, Eq. 4) of a mixture of experts; the
+    value in config.json is not used."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Further fields of Megatron-Core's TransformerConfig, checked against its field names."""
 
@@ -52,7 +55,13 @@ class ParallelConfig(Config):
     dp: int = Field(1, ge=1)
     """Data parallel size: sequences are spread over this many replicas."""
     sequence_parallel: bool = True
-    """Shard norms and residuals over the tensor-parallel ranks; has no effect at tp = 1."""
+    """Shard norms and residuals over the tensor-parallel ranks; has no effect at tp = 1. A mixture
+    of experts needs it."""
+    ep: int = Field(1, ge=1)
+    """Expert parallel size: rank e holds the e-th share of the experts of every layer. It takes no
+    further processes: ep * etp divides tp * cp * dp."""
+    etp: int = Field(1, ge=1)
+    """Tensor parallel size inside an expert; attention and dense layers keep `tp`."""
 
     @property
     def world_size(self) -> int:

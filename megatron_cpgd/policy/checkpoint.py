@@ -91,7 +91,7 @@ def load_checkpoint(
     Collective over the world. A checkpoint of weights only leaves the optimizer at its start.
 
     Raises:
-        ConversionError: the folder is not a complete checkpoint.
+        ConversionError: the folder is not a complete checkpoint, or its optimizer does not fit.
     """
     manifest = check_checkpoint(path)
     stored = optimizer if manifest["has_optimizer"] else None
@@ -110,7 +110,7 @@ def load_checkpoint(
         chunk.load_state_dict(state[_chunk_key(i, len(chunks))], strict=False)
     if stored is not None:
         with torch.no_grad():
-            stored.load_state_dict(state["optimizer"])
+            stored.load_state_dict(_fit_parts(state["optimizer"], stored))
     elif optimizer is not None:
         optimizer.reload_model_params()  # the fp32 copies of bf16 weights
     trainer_state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
@@ -170,6 +170,36 @@ def _sharded_state(
             dict(state), is_loading=is_loading, metadata=metadata
         )
     return state
+
+
+def _fit_parts(state: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """Loaded optimizer state in the form that this layout's optimizer takes.
+
+    Experts that are spread over other ranks than dense layers have an optimizer of their own: the
+    number of parts depends on ep and etp. Tensors arrive in the parts of this layout; plain values,
+    as the Adam step, in those that were saved, and they are the same for all parts.
+    """
+    parts = optimizer.chained_optimizers
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        if len({type(key) for key in state}) > 1:  # single and numbered parts
+            raise ConversionError(
+                "the checkpoint has another number of optimizers (one, or one for experts and one "
+                "for the rest) than this layout makes, which optim.distributed=false cannot "
+                "convert; resume with the parallel.tp, ep and etp that saved it"
+            )
+        return state
+    plain = state if "optimizer" in state else state[0]
+
+    def fit(part: MegatronOptimizer, tensors: dict[str, Any]) -> dict[str, Any]:
+        expert = part.param_groups[0]["is_expert_parallel"]
+        groups = [g | {"is_expert_parallel": expert} for g in plain["optimizer"]["param_groups"]]
+        inner = plain["optimizer"] | {"param_groups": groups}
+        return plain | {"optimizer": inner, "param_state": tensors.get("param_state", {})}
+
+    if len(parts) == 1:
+        return fit(parts[0], state)
+    # Upstream leaves out a part without tensors, as on a pipeline stage without experts.
+    return {i: fit(part, state.get(i, {})) for i, part in enumerate(parts)}
 
 
 def _commit(

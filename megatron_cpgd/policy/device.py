@@ -12,8 +12,11 @@ without a driver, so it cannot change code that works. What remains is listed he
    nothing to fuse on CPU, and it would double the import time.
 5. Megatron's RNG-state setter queues itself for ever when CUDA is not initialised, so the states
    of dropout and recompute would silently not be restored.
-6. torch's AdamW in the distributed optimizer: upstream cannot load its `step`, and would share one
-   `step` tensor between all parameters, so that each of them counts it.
+6. torch's AdamW in the distributed optimizer: upstream cannot load its `step`, would share one
+   `step` tensor between all parameters, so that each of them counts it, and fails where an
+   optimizer has no parameter (that of the experts, on a pipeline stage without any).
+7. Mixture of experts: the token dispatchers pass split sizes as tensors unless these are on CUDA,
+   and gloo gathers and scatters equal parts only, where NCCL takes unequal ones.
 
 Written for megatron-core 0.19; `tests/unit/policy/test_device.py` fails when a new release holds
 literals that this list does not name.
@@ -68,6 +71,7 @@ def install() -> None:
     _replace_literals()
     _restore_rng_states()
     _load_adamw_steps()
+    _dispatch_tokens()
 
 
 class _Idle:
@@ -188,6 +192,7 @@ def _load_adamw_steps() -> None:
 
     load = DistributedOptimizer.load_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    state_dict = DistributedOptimizer.state_dict
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -199,8 +204,52 @@ def _load_adamw_steps() -> None:
     def set_param_states(self: Any, param: torch.Tensor, tensors: dict[str, Any]) -> None:
         set_states(self, param, {"step": None, **tensors})
 
+    def state_dict_without_step(self: Any) -> Any:
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        groups = [
+            {"step": 0.0} | {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        return {"optimizer": {"param_groups": groups}}
+
+    DistributedOptimizer.state_dict = state_dict_without_step
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_param_states
+
+
+def _dispatch_tokens() -> None:
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = split_sizes
+
+    gather = mappings._gather_along_first_dim
+    reduce_scatter = mappings._reduce_scatter_along_first_dim
+
+    def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat([x, x.new_zeros(rows - x.size(0), *x.shape[1:])])
+
+    def gather_parts(x: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, *args)
+        rows = max(1, *sizes)
+        parts = gather(padded(x, rows), group).split(rows)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_parts(x: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, sizes, *args)
+        rows = max(1, *sizes)
+        whole = torch.cat([padded(part, rows) for part in x.split(list(sizes))])
+        return reduce_scatter(whole, group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
 
 
 def current() -> torch.device:

@@ -17,6 +17,8 @@ from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelC
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
 from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.weights.architectures import Decoder
+from megatron_cpgd.weights.registry import read_decoder
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, the same for every TP size that divides it, so
@@ -41,6 +43,17 @@ FIXED_FIELDS = {
     "add_bias_linear": "model.path",
     "add_qkv_bias": "model.path",
     "qk_layernorm": "model.path",
+    "num_moe_experts": "model.path",
+    "moe_ffn_hidden_size": "model.path",
+    "moe_layer_freq": "model.path",
+    "moe_router_topk": "model.path",
+    "moe_router_pre_softmax": "model.path",
+    "moe_aux_loss_coeff": "model.router_aux_loss_coef",
+    "moe_router_load_balancing_type": "model.router_aux_loss_coef",
+    "moe_expert_capacity_factor": "no capacity (a dropped token's log-prob depends on its batch)",
+    "moe_input_jitter_eps": "no jitter (old and new log-probs come from one function)",
+    "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.etp",
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
@@ -77,7 +90,7 @@ def build_transformer_config(
     """Megatron's description of the model in a Hugging Face config.json.
 
     Args:
-        hf: parsed config.json of a `llama`, `qwen2` or `qwen3` model.
+        hf: parsed config.json of a supported model.
 
     Raises:
         ConfigError: wrong options in `model.megatron`.
@@ -85,22 +98,22 @@ def build_transformer_config(
     """
     _check_megatron_options(model)
     _refuse_unsupported(hf)
-    heads = hf["num_attention_heads"]
+    decoder = read_decoder(hf)
     interleaved = parallel.vpp > 1
     fields: dict[str, Any] = {
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": hf.get("num_key_value_heads", heads),
-        "kv_channels": _head_dim(hf),
-        "ffn_hidden_size": hf["intermediate_size"],
+        "num_layers": decoder.layers,
+        "hidden_size": decoder.hidden,
+        "num_attention_heads": decoder.heads,
+        "num_query_groups": decoder.kv_heads,
+        "kv_channels": decoder.head_dim,
+        "ffn_hidden_size": decoder.intermediate,
         "layernorm_epsilon": hf["rms_norm_eps"],
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": hf["model_type"] == "qwen2",
-        "qk_layernorm": hf["model_type"] == "qwen3",
+        "add_qkv_bias": decoder.qkv_bias,
+        "qk_layernorm": decoder.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
@@ -118,7 +131,10 @@ def build_transformer_config(
         "bf16": dtype is torch.bfloat16,
         "perform_initialization": False,  # every parameter is loaded
         "gradient_accumulation_fusion": _has_apex_gradient_fusion(),
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
         **_recompute_fields(model.recompute),
+        **_expert_fields(hf, decoder, model),
     }
     if not torch.cuda.is_available():
         fields |= dict.fromkeys(_FUSIONS, False)
@@ -193,9 +209,23 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _head_dim(hf: dict[str, Any]) -> int:
-    default = 128 if hf["model_type"] == "qwen3" else hf["hidden_size"] // hf["num_attention_heads"]
-    return int(hf.get("head_dim") or default)
+def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> dict[str, Any]:
+    experts, coefficient = decoder.experts, model.router_aux_loss_coef
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.intermediate,
+        "moe_layer_freq": [int(i not in experts.dense_layers) for i in range(decoder.layers)],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        # Softmax over all experts, or over the chosen ones, which are then normalised.
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if coefficient > 0 else "none",
+        "moe_aux_loss_coeff": coefficient,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": torch.cuda.is_available(),
+    }
 
 
 def _rope_arguments(hf: dict[str, Any]) -> dict[str, Any]:

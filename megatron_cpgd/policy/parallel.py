@@ -27,6 +27,13 @@ class ParallelInfo:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    expert_replica_rank: int
+    """Index among the ranks that hold the same experts."""
+    expert_replica_size: int
     sequence_parallel: bool
 
     @property
@@ -36,7 +43,7 @@ class ParallelInfo:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that hold the same parameters."""
+        """Ranks that hold the same parameters, experts aside."""
         return self.dp_size * self.cp_size
 
     @property
@@ -90,6 +97,8 @@ def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
             config.pp,
             config.vpp if config.vpp > 1 else None,
             context_parallel_size=config.cp,
+            expert_model_parallel_size=config.ep,
+            expert_tensor_parallel_size=config.etp,
         )
     model_parallel_cuda_manual_seed(seed + 1)  # the seed must be positive
     return parallel_info(config)
@@ -97,11 +106,13 @@ def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
 
 def _groups_fit(config: ParallelConfig) -> bool:
     """Upstream never ends the threads of the groups that it destroys: better keep them."""
-    return (config.tp, config.pp, config.vpp, config.cp) == (
+    return (config.tp, config.pp, config.vpp, config.cp, config.ep, config.etp) == (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
     )
 
 
@@ -119,5 +130,11 @@ def parallel_info(config: ParallelConfig) -> ParallelInfo:
         cp_size=config.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=config.dp,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=config.ep,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=config.etp,
+        expert_replica_rank=parallel_state.get_expert_data_parallel_rank(),
+        expert_replica_size=parallel_state.get_expert_data_parallel_world_size(),
         sequence_parallel=config.sequence_parallel and config.tp > 1,
     )

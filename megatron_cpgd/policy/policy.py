@@ -101,6 +101,7 @@ class Policy:
             transformer, config.optim, [wrap_precision(transformer, c) for c in self._chunks]
         )
         self._optimizer = build_optimizer(transformer, config.optim, self._models)
+        spreads_experts = info.ep_size * info.etp_size > 1
         self._schedule = Schedule(
             models=list(self._models),
             info=info,
@@ -110,6 +111,10 @@ class Policy:
                 chunk_tokens=config.batch.logprob_chunk_tokens,
             ),
             batch_format=config.batch.format,
+            # Pipeline stages exchange tensors of one shape; the gathering dispatcher takes the same
+            # number of tokens from every rank.
+            common_shape=info.pp_size > 1
+            or (transformer.moe_token_dispatcher_type == "allgather" and spreads_experts),
         )
         self._reference: ReferenceWeights | None = None
         if config.reference_path is not None:

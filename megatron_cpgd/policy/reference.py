@@ -11,10 +11,10 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy.model import computation
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.policy.shards import iter_parameters
+from megatron_cpgd.policy.shards import import_shard, iter_weights
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
-from megatron_cpgd.weights.table import WeightTable, import_tensor
+from megatron_cpgd.weights.table import WeightTable
 
 PIECE_BYTES = 16 * 2**20
 """What is exchanged at a time, and so what the device needs on top. torch rounds every pinned
@@ -29,19 +29,19 @@ class ReferenceWeights:
     ) -> None:
         """Read the shard from the Hugging Face checkpoint; the live weights are not touched."""
         self._kept = [
-            (parameter, _read(name, parameter, table, checkpoint, info))
-            for name, parameter in iter_parameters(chunks)
+            (tensor, _read(name, tensor, table, checkpoint, info))
+            for name, tensor in iter_weights(chunks, info)
         ]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the live parameters hold the reference; then they have their own bits again.
+        """Inside, the live weights hold the reference; then they have their own bits again.
 
-        Only values move. Each parameter stays in its storage, which DDP and the optimizer alias.
+        Only values move. Each tensor stays in its storage, which DDP and the optimizer alias.
         """
         with ExitStack() as stack:
-            for parameter, kept in self._kept:
-                for live, reference in zip(_pieces(parameter), kept, strict=True):
+            for tensor, kept in self._kept:
+                for live, reference in zip(_pieces(tensor), kept, strict=True):
                     _exchange(live, reference)
                     stack.callback(_exchange, live, reference)
             yield
@@ -78,14 +78,12 @@ def check_reference(config: ExperimentConfig, policy: HfCheckpoint) -> None:
 
 
 def _read(
-    name: str, parameter: Tensor, table: WeightTable, checkpoint: HfCheckpoint, info: ParallelInfo
+    name: str, tensor: Tensor, table: WeightTable, checkpoint: HfCheckpoint, info: ParallelInfo
 ) -> list[Tensor]:
-    """The reference's values of one parameter, in pieces on the host."""
-    whole = torch.empty_like(parameter, device="cpu", requires_grad=False)
-    import_tensor(
-        table.entry(name), whole, checkpoint.read, tp_rank=info.tp_rank, tp_size=info.tp_size
-    )
-    return [piece.pin_memory() if parameter.is_cuda else piece for piece in _pieces(whole)]
+    """The reference's values of one weight, in pieces on the host."""
+    whole = torch.empty_like(tensor, device="cpu", requires_grad=False)
+    import_shard(table.entry(name), whole, checkpoint.read, info)
+    return [piece.pin_memory() if tensor.is_cuda else piece for piece in _pieces(whole)]
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:

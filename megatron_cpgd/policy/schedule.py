@@ -38,6 +38,8 @@ class Schedule:
     info: ParallelInfo
     logprobs: LogprobSettings
     batch_format: BatchFormat
+    common_shape: bool
+    """All micro-batches of all ranks have one shape."""
 
 
 def plan_rank_micro_batches(
@@ -53,7 +55,7 @@ def plan_rank_micro_batches(
         format=schedule.batch_format,
         align=info.sequence_multiple,
         multiple_of=info.pp_size if info.vpp_size > 1 else 1,
-        common_shape=info.pp_size > 1,
+        common_shape=schedule.common_shape,
     )
     unit: dict[str, Any] = {
         "format": schedule.batch_format,
@@ -61,7 +63,7 @@ def plan_rank_micro_batches(
         "total_multiple": info.total_multiple,
     }
     shape: dict[str, Any] = {}
-    if info.pp_size > 1:  # pipeline stages exchange tensors of one shape
+    if schedule.common_shape:
         common = micro_batch_shape(plan, lengths, **unit)
         shape = {"length": common.length, "rows": common.rows}
     return [

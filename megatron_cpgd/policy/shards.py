@@ -1,5 +1,6 @@
-"""This rank's parameters against the weight table: load from, and write to, full HF tensors."""
+"""This rank's weights against the weight table: load from, and write to, full HF tensors."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,33 +11,46 @@ from torch import Tensor
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
-from megatron_cpgd.weights.table import WeightTable, export_tensor, import_tensor
+from megatron_cpgd.weights.table import Entry, Index, WeightTable, export_tensor, import_tensor
+
+_EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
+"""What comes before the index of an expert: one module per expert, or one grouped module."""
 
 
-def iter_parameters(chunks: list[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name with the global layer index, parameter) of this rank's GPTModel chunks."""
+def iter_weights(chunks: list[Any], info: ParallelInfo) -> Iterator[tuple[str, Tensor]]:
+    """(name with the global layer and expert index, parameter or persistent buffer) of this rank.
+
+    Args:
+        chunks: GPTModel chunks.
+    """
     for chunk in chunks:
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for name, parameter in chunk.named_parameters():
+        first_expert = (chunk.config.num_moe_experts or 0) // info.ep_size * info.ep_rank
+
+        def global_expert(found: re.Match[str], first_expert: int = first_expert) -> str:
+            return f"{found[1]}{int(found[2]) + first_expert}"
+
+        for name, tensor in [*chunk.named_parameters(), *_persistent_buffers(chunk)]:
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(layers[int(parts[2])])
-            yield ".".join(parts), parameter
+            yield _EXPERT.sub(global_expert, ".".join(parts)), tensor
 
 
 @torch.no_grad()
+def import_shard(
+    entry: Entry, local: Tensor, read: Callable[[str, Index], Tensor], info: ParallelInfo
+) -> None:
+    """Fill this rank's shard of one tensor; `read` as for `import_tensor`."""
+    import_tensor(entry, local, read, **_cut(entry, info))
+
+
 def load_hf_weights(
     chunks: list[Any], table: WeightTable, checkpoint: HfCheckpoint, info: ParallelInfo
 ) -> None:
-    """Fill every parameter with its slices of the checkpoint. A rank reads what it holds."""
-    for name, parameter in iter_parameters(chunks):
-        import_tensor(
-            table.entry(name),
-            parameter,
-            checkpoint.read,
-            tp_rank=info.tp_rank,
-            tp_size=info.tp_size,
-        )
+    """Fill every weight with its slices of the checkpoint. A rank reads what it holds."""
+    for name, tensor in iter_weights(chunks, info):
+        import_shard(table.entry(name), tensor, checkpoint.read, info)
 
 
 @torch.no_grad()
@@ -56,12 +70,29 @@ def write_hf_weights(
     """
     index = {name: i for i, name in enumerate(table.hf_shapes)}
     written = torch.zeros(len(index), dtype=torch.int64, device=device.current())
-    for i, (name, parameter) in enumerate(iter_parameters(chunks)):
-        if i % info.replica_size == info.replica_rank:
-            counts = export_tensor(
-                table.entry(name), parameter, view, tp_rank=info.tp_rank, tp_size=info.tp_size
-            )
+    for i, (name, tensor) in enumerate(iter_weights(chunks, info)):
+        entry = table.entry(name)
+        turn, replicas = info.replica_rank, info.replica_size
+        if entry.expert:
+            turn, replicas = info.expert_replica_rank, info.expert_replica_size
+        if i % replicas == turn:
+            counts = export_tensor(entry, tensor, view, **_cut(entry, info))
             for hf_name, elements in counts.items():
                 written[index[hf_name]] += elements
     dist.all_reduce(written)
     table.check_written(dict(zip(index, written.tolist(), strict=True)))
+
+
+def _persistent_buffers(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the model's state."""
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
+
+
+def _cut(entry: Entry, info: ParallelInfo) -> dict[str, int]:
+    """This rank's place among those that share the tensor."""
+    if entry.expert:
+        return {"tp_rank": info.etp_rank, "tp_size": info.etp_size}
+    return {"tp_rank": info.tp_rank, "tp_size": info.tp_size}

@@ -23,8 +23,19 @@ HfConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseDecoder:
-    """What decides names and shapes of a dense decoder with a gated MLP."""
+class Experts:
+    """A mixture of gated MLPs, in place of the one MLP of most layers."""
+
+    count: int
+    intermediate: int
+    """Of each expert."""
+    dense_layers: frozenset[int]
+    """Layers that keep a single MLP."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """What decides names and shapes of a decoder."""
 
     vocab: int
     layers: int
@@ -40,12 +51,13 @@ class DenseDecoder:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
+    experts: Experts | None = None
 
 
-def llama(config: HfConfig) -> DenseDecoder:
+def llama(config: HfConfig) -> Decoder:
     """Llama 3."""
     attention_bias = bool(config.get("attention_bias", False))
-    return _dense_decoder(
+    return _decoder(
         config,
         qkv_bias=attention_bias,
         output_bias=attention_bias,
@@ -53,21 +65,40 @@ def llama(config: HfConfig) -> DenseDecoder:
     )
 
 
-def qwen2(config: HfConfig) -> DenseDecoder:
+def qwen2(config: HfConfig) -> Decoder:
     """Qwen2 and Qwen2.5: biases on query, key and value, always."""
-    return _dense_decoder(config, qkv_bias=True)
+    return _decoder(config, qkv_bias=True)
 
 
-def qwen3(config: HfConfig) -> DenseDecoder:
+def qwen3(config: HfConfig) -> Decoder:
     """Qwen3: query and key norms."""
     attention_bias = bool(config.get("attention_bias", False))
     # transformers takes 128, not hidden / heads, when the file has no head_dim.
-    config = {"head_dim": 128, **config}
-    return _dense_decoder(config, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True)
+    if config.get("head_dim") is None:
+        config = {**config, "head_dim": 128}
+    return _decoder(config, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True)
 
 
-def dense_table(model: DenseDecoder) -> WeightTable:
-    """The table of a dense decoder."""
+def qwen3_moe(config: HfConfig) -> Decoder:
+    """Qwen3-MoE: Qwen3's attention; every `decoder_sparse_step`-th layer has experts."""
+    attention_bias = bool(config.get("attention_bias", False))
+    step = _positive({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
+    dense = set(config.get("mlp_only_layers") or ())
+    dense |= {i for i in range(_positive(config, "num_hidden_layers")) if (i + 1) % step}
+    # The released files say num_experts; transformers 5 writes num_local_experts.
+    key = "num_experts" if "num_experts" in config else "num_local_experts"
+    experts = Experts(
+        count=_positive(config, key),
+        intermediate=_positive(config, "moe_intermediate_size"),
+        dense_layers=frozenset(dense),
+    )
+    return _decoder(
+        config, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True, experts=experts
+    )
+
+
+def decoder_table(model: Decoder) -> WeightTable:
+    """The table of a decoder."""
     embedding_shape = (model.vocab, model.hidden)
     embedding = "model.embed_tokens.weight"
     ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
@@ -76,8 +107,12 @@ def dense_table(model: DenseDecoder) -> WeightTable:
     head = embedding if model.tied else "lm_head.weight"
     entries = [vocab("embedding.word_embeddings.weight", embedding, embedding_shape)]
     for layer in range(model.layers):
-        entries += _attention(model, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-        entries += _mlp(model, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        entries += _attention(model, *prefixes)
+        if model.experts is None or layer in model.experts.dense_layers:
+            entries += _mlp(model, *prefixes)
+        else:
+            entries += _experts(model.experts, model.hidden, *prefixes)
     entries.append(
         rename(("decoder.final_layernorm.weight",), "model.norm.weight", (model.hidden,))
     )
@@ -86,7 +121,7 @@ def dense_table(model: DenseDecoder) -> WeightTable:
     return WeightTable(tuple(entries), tuple(ignored))
 
 
-def _attention(model: DenseDecoder, megatron: str, hf: str) -> Iterator[Entry]:
+def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
     """Norm and self-attention of one layer; the arguments are the name prefixes of the layer."""
     attention, hf_attention = f"{megatron}self_attention.", f"{hf}self_attn."
     norm_names = (f"{megatron}input_layernorm.weight", f"{attention}linear_qkv.layer_norm_weight")
@@ -113,20 +148,44 @@ def _attention(model: DenseDecoder, megatron: str, hf: str) -> Iterator[Entry]:
             yield rename(name, f"{hf_attention}{side}_norm.weight", (model.head_dim,))
 
 
-def _mlp(model: DenseDecoder, megatron: str, hf: str) -> Iterator[Entry]:
+def _mlp(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
     """Norm and gated MLP of one layer; the arguments are the name prefixes of the layer."""
     mlp, hf_mlp = f"{megatron}mlp.", f"{hf}mlp."
     norm_names = (f"{megatron}pre_mlp_layernorm.weight", f"{mlp}linear_fc1.layer_norm_weight")
     yield rename(norm_names, f"{hf}post_attention_layernorm.weight", (model.hidden,))
     shapes = {"weight": (model.intermediate, model.hidden), "bias": (model.intermediate,)}
     for kind in _kinds(bias=model.mlp_bias):
-        yield gated_mlp(f"{mlp}linear_fc1.{kind}", f"{hf_mlp}{{}}_proj.{kind}", shapes[kind])
+        gate, up = (f"{hf_mlp}{part}_proj.{kind}" for part in ("gate", "up"))
+        yield gated_mlp((f"{mlp}linear_fc1.{kind}",), gate, up, shapes[kind])
     yield from _row_parallel(
         f"{mlp}linear_fc2",
         f"{hf_mlp}down_proj",
         (model.hidden, model.intermediate),
         bias=model.mlp_bias,
     )
+
+
+def _experts(experts: Experts, hidden: int, megatron: str, hf: str) -> Iterator[Entry]:
+    """Norm, router and experts of one layer; `megatron` and `hf` are its name prefixes."""
+    mlp, hf_mlp = f"{megatron}mlp.", f"{hf}mlp."
+    norm = f"{hf}post_attention_layernorm.weight"
+    yield rename((f"{megatron}pre_mlp_layernorm.weight",), norm, (hidden,))
+    yield rename((f"{mlp}router.weight",), f"{hf_mlp}gate.weight", (experts.count, hidden))
+    rows = experts.intermediate
+    for expert in range(experts.count):
+        fc1, fc2 = (
+            # One module per expert, or one grouped module with a parameter per expert.
+            (
+                f"{mlp}experts.local_experts.{expert}.linear_{layer}.weight",
+                f"{mlp}experts.linear_{layer}.weight{expert}",
+            )
+            for layer in ("fc1", "fc2")
+        )
+        gate, up, down = (
+            f"{hf_mlp}experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")
+        )
+        yield gated_mlp(fc1, gate, up, (rows, hidden), expert=True)
+        yield rename(fc2, down, (hidden, rows), "columns", expert=True)
 
 
 def _row_parallel(megatron: str, hf: str, shape: tuple[int, int], *, bias: bool) -> Iterator[Entry]:
@@ -140,7 +199,7 @@ def _kinds(*, bias: bool) -> tuple[str, ...]:
     return ("weight", "bias") if bias else ("weight",)
 
 
-def _dense_decoder(config: HfConfig, **options: bool) -> DenseDecoder:
+def _decoder(config: HfConfig, **options: Any) -> Decoder:
     heads = _positive(config, "num_attention_heads")
     kv_heads = _positive(config, "num_key_value_heads")
     hidden = _positive(config, "hidden_size")
@@ -150,7 +209,7 @@ def _dense_decoder(config: HfConfig, **options: bool) -> DenseDecoder:
             f"num_attention_heads={heads}"
         )
     has_head_dim = config.get("head_dim") is not None
-    return DenseDecoder(
+    return Decoder(
         vocab=_positive(config, "vocab_size"),
         layers=_positive(config, "num_hidden_layers"),
         hidden=hidden,

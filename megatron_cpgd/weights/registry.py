@@ -4,25 +4,32 @@ from collections.abc import Callable
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.architectures import (
-    DenseDecoder,
+    Decoder,
     HfConfig,
-    dense_table,
+    decoder_table,
     llama,
     qwen2,
     qwen3,
+    qwen3_moe,
 )
 from megatron_cpgd.weights.table import WeightTable
 
-ARCHITECTURES: dict[str, Callable[[HfConfig], DenseDecoder]] = {
+ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }
 """By `model_type` of config.json."""
 
 
 def weight_table(hf_config: HfConfig) -> WeightTable:
-    """The table of a model.
+    """The table of a model; arguments and errors as `read_decoder`."""
+    return decoder_table(read_decoder(hf_config))
+
+
+def read_decoder(hf_config: HfConfig) -> Decoder:
+    """Names and shapes of a model.
 
     Args:
         hf_config: its config.json as a plain dict, as transformers 5 writes it.
@@ -41,4 +48,4 @@ def weight_table(hf_config: HfConfig) -> WeightTable:
             "config.json: quantization_config is set; quantised checkpoints are not supported, "
             "use the bfloat16 release of the model"
         )
-    return dense_table(ARCHITECTURES[model_type](hf_config))
+    return ARCHITECTURES[model_type](hf_config)

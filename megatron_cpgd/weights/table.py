@@ -1,4 +1,4 @@
-"""The map between Megatron parameters and Hugging Face tensors, as data that is read both ways.
+"""The map between Megatron tensors and Hugging Face tensors, as data that is read both ways.
 
 A global (unsharded) Megatron tensor is a list of row ranges of HF tensors. The shard of one
 tensor-parallel rank cuts these ranges into boxes; loading copies each box from the HF tensor to the
@@ -41,14 +41,15 @@ class Box:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One Megatron parameter."""
+    """One Megatron parameter or persistent buffer."""
 
     names: tuple[str, ...]
-    """Its spellings with global layer index: local layer spec, then Transformer Engine spec."""
+    """Its spellings with global layer and expert index: local layer spec, then Transformer Engine
+    spec."""
     shape: tuple[int, ...]
     """Global shape, without vocabulary padding."""
     split: Split
-    """What tensor parallelism cuts."""
+    """What tensor parallelism cuts: of an expert, expert tensor parallelism."""
     segments: tuple[Segment, ...]
     """Tile the rows of the global tensor."""
     stride: int = 1
@@ -57,6 +58,8 @@ class Entry:
     """Megatron may append rows (vocabulary padding) that no HF tensor has."""
     alias: bool = False
     """A second Megatron copy of an HF tensor (tied embeddings): loaded, never exported."""
+    expert: bool = False
+    """One of the experts: it exists on the ranks of one expert-parallel share only."""
 
     @property
     def name(self) -> str:
@@ -148,10 +151,16 @@ class WeightTable:
 
 
 def rename(
-    names: tuple[str, ...], hf: str, shape: tuple[int, ...], split: Split = "replicated"
+    names: tuple[str, ...],
+    hf: str,
+    shape: tuple[int, ...],
+    split: Split = "replicated",
+    *,
+    expert: bool = False,
 ) -> Entry:
     """A parameter that equals one HF tensor."""
-    return Entry(names=names, shape=shape, split=split, segments=(Segment(hf, 0, shape[0], 0),))
+    segments = (Segment(hf, 0, shape[0], 0),)
+    return Entry(names=names, shape=shape, split=split, segments=segments, expert=expert)
 
 
 def vocab(name: str, hf: str, shape: tuple[int, int], *, alias: bool = False) -> Entry:
@@ -188,20 +197,22 @@ def qkv(
     return Entry(names=(name,), shape=(row, *columns), split="rows", segments=tuple(segments))
 
 
-def gated_mlp(name: str, hf: str, shape: tuple[int, ...]) -> Entry:
+def gated_mlp(
+    names: tuple[str, ...], gate: str, up: str, shape: tuple[int, ...], *, expert: bool = False
+) -> Entry:
     """Gate and up projections, [gate; up], cut so that every rank has rows of both.
 
     Args:
-        hf: name of the HF tensors, with `{}` in place of gate and up.
         shape: of each of the two, [intermediate] or [intermediate, hidden].
     """
     rows = shape[0]
-    segments = (
-        Segment(hf.format("gate"), 0, rows, 0),
-        Segment(hf.format("up"), 0, rows, rows),
-    )
     return Entry(
-        names=(name,), shape=(2 * rows, *shape[1:]), split="rows", segments=segments, stride=2
+        names=names,
+        shape=(2 * rows, *shape[1:]),
+        split="rows",
+        segments=(Segment(gate, 0, rows, 0), Segment(up, 0, rows, rows)),
+        stride=2,
+        expert=expert,
     )
 
 
@@ -265,8 +276,8 @@ def export_tensor(
 ) -> dict[str, int]:
     """Write the shard of one rank into full HF tensors, in place.
 
-    Called by all tensor-parallel ranks of one data- and context-parallel replica, it writes every
-    element once: aliases are skipped, and replicated parameters come from rank 0.
+    Called by all tensor-parallel ranks of one replica of the parameter, it writes every element
+    once: aliases are skipped, and replicated parameters come from rank 0.
 
     Args:
         view: gives the full HF tensor of a name: `TensorFile.view` or `HfWriter.view`.

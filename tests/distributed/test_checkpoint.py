@@ -59,6 +59,51 @@ def test_the_third_step_after_loading_equals_the_uninterrupted_one(
     assert (result[0]["logprobs"] - expected).abs().max() < 1e-3
 
 
+# Each has another number of optimizers than at least one other: experts of their own, or not.
+EXPERT_LAYOUTS = {
+    "1": {},
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "tp2": {"tp": 2},
+    "pp2_dp2_ep2": {"pp": 2, "dp": 2, "ep": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """(model, sequences); the first of two pipeline stages has no experts."""
+    path = tmp_path_factory.mktemp("experts")
+    save_tiny_model(path, "qwen3_moe", mlp_only_layers=[0, 1])
+    plain = tiny_sequences()
+    [logprobs] = run_distributed(1, logprobs_job, tiny_config(path), plain)
+    return path, with_old_logprobs(plain, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("1", "pp2_dp2_ep2"), ("dp2_ep2", "1"), ("tp2", "dp2_ep2"), ("pp2_dp2_ep2", "tp2")],
+)
+def test_experts_resume_under_another_layout(experts, source, target, tmp_path):
+    path, sequences = experts
+    folder = tmp_path / "step_000002"
+    results = []
+    for layout, job in ((source, save_job), (target, continue_job)):
+        config = tiny_config(path, parallel=EXPERT_LAYOUTS[layout])
+        ranks = config.parallel.world_size
+        results.append(run_distributed(ranks, job, config, sequences, folder)[0])
+    expected, result = results
+    assert result["optimizer_steps"] == 3
+    assert (result["logprobs"] - expected).abs().max() < 1e-3
+
+
+def test_without_the_distributed_optimizer_another_expert_layout_is_refused(experts, tmp_path):
+    path, sequences = experts
+    folder, optim = tmp_path / "step_000002", {"lr": 1e-3, "distributed": False}
+    saved = tiny_config(path, parallel={"dp": 2, "ep": 2}, optim=optim)
+    run_distributed(2, save_job, saved, sequences, folder)
+    with pytest.raises(RuntimeError, match=r"ConversionError: .* another number of optimizers"):
+        run_distributed(1, continue_job, tiny_config(path, optim=optim), sequences, folder)
+
+
 def test_a_run_without_the_distributed_optimizer_resumes_too(model, sequences, tmp_path):
     optim = {"lr": 1e-3, "distributed": False}
     config = tiny_config(model, parallel={"dp": 2}, optim=optim)

@@ -35,3 +35,22 @@ def attention_job(
     (output * weight[positions]).sum().backward()
     gradients = {name: x.grad for name, x in zip("qkv", local, strict=True)}
     return {"positions": positions, "output": output.detach(), **gradients}
+
+
+def unequal_parts_job(rows: list[int]) -> tuple[list[float], list[float], list[float]]:
+    """(all parts, gradient of this rank's part, this rank's part of the sum over ranks)."""
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+    )
+
+    rank, world = dist.get_rank(), dist.group.WORLD
+    every = torch.arange(sum(rows), dtype=torch.float32)[:, None]
+    part = every.split(rows)[rank].clone().requires_grad_()
+    whole = gather_from_sequence_parallel_region(part, group=world, output_split_sizes=rows)
+    (whole * (every + 10 * rank)).sum().backward()
+    scattered = reduce_scatter_to_sequence_parallel_region(
+        whole.detach(), group=world, input_split_sizes=rows
+    )
+    assert part.grad is not None
+    return tuple(x.flatten().tolist() for x in (whole, part.grad, scattered))

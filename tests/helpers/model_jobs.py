@@ -25,6 +25,12 @@ def round_trip_job(config: ExperimentConfig, target: Path) -> None:
     write_weights(build_policy(config), target)
 
 
+def held_experts_job(config: ExperimentConfig) -> int:
+    """Elements of the experts that this rank holds."""
+    [model] = build_policy(config)._chunks
+    return sum(x.numel() for name, x in model.named_parameters() if ".experts." in name)
+
+
 def save_weights_job(config: ExperimentConfig, folder: Path) -> None:
     build_policy(config).save(folder, {})
 

@@ -233,3 +233,10 @@ def test_a_forbidden_option_is_never_suggested():
 
 def test_with_the_samplers_old_policy_one_optimizer_step_already_clips(run_yaml):
     assert problems_of(run_yaml, ONE_STEP, OLD_SAMPLER) == []
+
+
+def test_experts_are_spread_over_the_ranks_of_a_pipeline_stage(run_yaml):
+    sizes = ["parallel.tp=2", "parallel.dp=3", "parallel.ep=4"]
+    rule, _no_experts = problems_of(run_yaml, *sizes)
+    assert rule.startswith("parallel.ep=4 * etp=1 must divide tp=2 * cp=1 * dp=3 = 6: ")
+    assert len(problems_of(run_yaml, *sizes[:2], "parallel.ep=3", "parallel.etp=2")) == 2

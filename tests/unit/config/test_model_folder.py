@@ -46,6 +46,39 @@ def test_pipeline_stages_and_chunks_divide_the_layers(check):
     assert problem.endswith("use a product of 1, 2, 3 or 6")
 
 
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "moe_intermediate_size": 8,
+}
+
+
+@pytest.mark.parametrize("count", ["num_experts", "num_local_experts"])
+def test_expert_parallel_sizes_divide_the_experts_and_their_rows(check, count):
+    config = {name: EXPERTS[name] for name in EXPERTS if name != "num_experts"} | {count: 6}
+    assert check("parallel.ep=3", "parallel.etp=4", **config) == []
+    ep, etp = check("parallel.ep=4", "parallel.etp=3", **config)
+    assert "parallel.ep=4 does not divide the 6 experts of " in ep
+    assert "parallel.etp=3 does not divide the 8 rows of an expert of " in etp
+
+
+def test_experts_under_tensor_parallel_need_sequence_parallel(check):
+    options = ["parallel.tp=2", "parallel.sequence_parallel=false"]
+    assert check(*options) == []
+    (problem,) = check(*options, **EXPERTS)
+    assert problem.startswith("parallel.sequence_parallel=false: with tp=2 the experts of ")
+
+
+@pytest.mark.parametrize(
+    "setting", ["parallel.ep=2", "parallel.etp=2", "model.router_aux_loss_coef=0.1"]
+)
+def test_a_setting_of_experts_is_refused_for_a_dense_model(check, setting):
+    (problem,) = check(setting)
+    assert problem.startswith(f"{setting}: ") and "has no experts" in problem
+    assert check(setting, **EXPERTS) == []
+
+
 def test_prompt_and_response_fit_the_position_range(check):
     assert check("data.max_prompt_tokens=4096") == []  # 4096 + 4096 = 8192
     (problem,) = check("data.max_prompt_tokens=4097")

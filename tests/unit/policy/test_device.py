@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from megatron_cpgd.policy import device
+from tests.helpers.layer_jobs import unequal_parts_job
+from tests.helpers.ranks import run_distributed
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU only")
 
@@ -42,9 +44,9 @@ NOT_ON_OUR_PATH = {
     "tensor_parallel.random": (3, "the RNG state functions that the device layer replaces"),
     "transformer.cuda_graphs": (2, "CUDA graphs"),
     "transformer.fsdp_dtensor_checkpoint": (1, "FSDP is not used"),
-    "transformer.moe.moe_layer": (1, "MoE"),
-    "transformer.moe.paged_stash": (3, "MoE"),
-    "transformer.moe.token_dispatcher": (2, "MoE"),
+    "transformer.moe.moe_layer": (1, "delayed weight gradients"),
+    "transformer.moe.paged_stash": (3, "CUDA graphs of MoE"),
+    "transformer.moe.token_dispatcher": (2, "fused permutation, DeepEP"),
 }
 """Module -> (CUDA literals in it, why no run on CPU reaches them)."""
 NO_FACTORY = {
@@ -186,3 +188,23 @@ except AssertionError as error:
     print(error)
 """
     assert run_python(code) == "device.install() must run before megatron is imported"
+
+
+# Rows 0 1 2 | 3 | none on three ranks; the loss weighs row i of rank r's copy by i + 10 r.
+def test_unequal_parts_are_gathered_and_their_gradients_summed():
+    results = run_distributed(3, unequal_parts_job, [3, 1, 0])
+    for whole, _, _ in results:
+        assert whole == [0, 1, 2, 3]
+    gradients = [gradient for _, gradient, _ in results]
+    assert gradients == [[30 + 0, 30 + 3, 30 + 6], [30 + 9], []]  # sum over ranks of i + 10 r
+    assert [scattered for _, _, scattered in results] == [[0, 3, 6], [9], []]  # 3 equal copies
+
+
+def test_split_sizes_leave_tensors_only_where_upstream_asks_for_numbers():
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    sizes = torch.tensor([2, 0])
+    for module in (moe_utils, token_dispatcher):
+        assert module.maybe_move_tensor_to_cpu(sizes, as_numpy=True).tolist() == [2, 0]
+        assert not torch.is_tensor(module.maybe_move_tensor_to_cpu(sizes, as_numpy=True))
+        assert module.maybe_move_tensor_to_cpu(sizes) is sizes

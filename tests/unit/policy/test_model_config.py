@@ -176,3 +176,30 @@ def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypat
     for recompute in ("none", "selective", "full"):
         build({}, recompute=recompute)
         assert given.pop().keys() <= FIXED_FIELDS.keys() | choices_of_speed
+
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "mlp_only_layers": [1],
+}
+
+
+def test_the_router_is_that_of_the_config_file_and_aux_loss_is_off():
+    config = build(MOE | {"norm_topk_prob": True, "router_aux_loss_coef": 0.001})
+    assert config.num_moe_experts == 6 and config.moe_router_topk == 2
+    assert config.moe_ffn_hidden_size == 8 and config.moe_layer_freq == [1, 0, 1, 1]
+    assert config.moe_router_pre_softmax is False  # the chosen ones sum to 1
+    assert config.moe_router_load_balancing_type == "none" and config.moe_aux_loss_coeff == 0
+    config = build(MOE, router_aux_loss_coef=0.01)
+    assert config.moe_router_pre_softmax is True
+    assert config.moe_router_load_balancing_type == "aux_loss"
+    assert config.moe_aux_loss_coeff == 0.01
+
+
+def test_the_expert_layout_reaches_megatron():
+    config = build(MOE, {"tp": 2, "dp": 4, "ep": 2, "etp": 2})
+    assert config.expert_model_parallel_size == 2 and config.expert_tensor_parallel_size == 2
+    assert build(MOE, {"tp": 2}).expert_tensor_parallel_size == 1

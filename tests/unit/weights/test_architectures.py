@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
@@ -21,6 +21,7 @@ BASE = {
     "intermediate_size": 20,
     "vocab_size": 37,
 }
+QWEN3_MOE = {"num_experts": 5, "moe_intermediate_size": 12, "head_dim": 12}
 MODELS = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
@@ -34,6 +35,9 @@ MODELS = {
     "qwen3": (Qwen3Config, {}),
     "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 12}),
     "qwen3-attention-bias": (Qwen3Config, {"attention_bias": True, "head_dim": 12}),
+    "qwen3-moe": (Qwen3MoeConfig, QWEN3_MOE),
+    "qwen3-moe-mixed": (Qwen3MoeConfig, QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "qwen3-moe-tied": (Qwen3MoeConfig, QWEN3_MOE | {"tie_word_embeddings": True}),
 }
 
 
@@ -72,6 +76,31 @@ def test_both_layer_specs_lead_to_the_same_entry() -> None:
         assert [segment.hf for segment in entry.segments] == [f"model.layers.1.{hf}.weight"]
 
 
+def test_an_expert_is_cut_by_itself_and_both_layer_specs_name_it() -> None:
+    table = weight_table({"model_type": "qwen3_moe", **BASE, **QWEN3_MOE})
+    experts = "decoder.layers.1.mlp.experts."
+    for linear, hf in (("linear_fc1", ["gate", "up"]), ("linear_fc2", ["down"])):
+        entry = table.entry(f"{experts}local_experts.4.{linear}.weight")
+        assert table.entry(f"{experts}{linear}.weight4") is entry
+        names = [f"model.layers.1.mlp.experts.4.{part}_proj.weight" for part in hf]
+        assert [segment.hf for segment in entry.segments] == names
+        assert entry.expert and entry.split != "replicated"
+    router = table.entry("decoder.layers.1.mlp.router.weight")
+    assert not router.expert and router.split == "replicated"
+
+
+# transformers: layer i has experts if i is not named and step divides i + 1.
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [({}, []), ({"decoder_sparse_step": 3}, [0, 1, 3]), ({"mlp_only_layers": [2]}, [2])],
+)
+def test_dense_layers_of_qwen3_moe_are_those_of_transformers(options, dense) -> None:
+    config = {"model_type": "qwen3_moe", **BASE, **QWEN3_MOE, "num_hidden_layers": 4} | options
+    table = weight_table(config)
+    plain = [i for i in range(4) if f"model.layers.{i}.mlp.up_proj.weight" in table.hf_shapes]
+    assert plain == dense
+
+
 def test_a_tied_head_is_an_alias_of_the_embedding() -> None:
     config = {"model_type": "qwen2", **BASE, "tie_word_embeddings": True}
     table = weight_table(config)
@@ -99,7 +128,7 @@ def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type='mamba' is not supported.*llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported.*llama, .*qwen3, qwen3_moe"),
         ({"model_type": None}, "model_type=None"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide.*=6"),
@@ -118,6 +147,13 @@ MEGATRON_OPTIONS = {
     "llama-mlp-bias": {"add_bias_linear": True},
     "qwen2-tied": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 128},
+    "qwen3-moe-mixed": {
+        "qk_layernorm": True,
+        "kv_channels": 12,
+        "num_moe_experts": 5,
+        "moe_ffn_hidden_size": 12,
+        "moe_layer_freq": [0, 1],
+    },
 }
 """What the entries of MODELS mean for Megatron-Core."""
 
@@ -138,7 +174,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("model", MEGATRON_OPTIONS)
 def test_every_megatron_parameter_has_one_entry_of_its_shape(model: str, one_rank: None) -> None:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import TransformerConfig
 
     config_class, options = MODELS[model]
@@ -158,10 +194,11 @@ def test_every_megatron_parameter_has_one_entry_of_its_shape(model: str, one_ran
         "add_bias_linear": False,
         "use_cpu_initialization": True,
     }
+    transformer = TransformerConfig(**settings | MEGATRON_OPTIONS[model])
     megatron = GPTModel(
-        config=TransformerConfig(**settings | MEGATRON_OPTIONS[model]),
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            qk_layernorm=model == "qwen3", normalization="RMSNorm"
+        config=transformer,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            transformer, use_transformer_engine=False, normalization="RMSNorm"
         ),
         vocab_size=40,  # 37 words and 3 rows of padding
         max_sequence_length=16,

@@ -49,7 +49,7 @@ def test_query_groups_are_interleaved_with_their_key_and_value() -> None:
 
 def test_each_rank_of_a_gated_mlp_holds_its_gate_rows_then_its_up_rows() -> None:
     hf = {"gate": torch.tensor([[1], [2], [3], [4]]), "up": torch.tensor([[5], [6], [7], [8]])}
-    entry = gated_mlp("m", "{}", (4, 1))
+    entry = gated_mlp(("m",), "gate", "up", (4, 1))
     assert imported(entry, hf, 0, 1, (8, 1)).flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert imported(entry, hf, 0, 2, (4, 1)).flatten().tolist() == [1, 2, 5, 6]
     assert imported(entry, hf, 1, 2, (4, 1)).flatten().tolist() == [3, 4, 7, 8]
@@ -98,7 +98,8 @@ def test_aliases_and_replicas_are_loaded_but_exported_once() -> None:
         (rename(("m",), "w", (4, 4), "columns"), 2, (2, 4)),
         (rename(("m",), "w", (4,)), 2, (2,)),
         (rename(("m",), "w", (4,)), 1, (4, 1)),
-        (gated_mlp("m", "{}", (3, 1)), 2, (3, 1)),  # 3 + 3 rows on 2 ranks: 1.5 gate rows each
+        # 3 + 3 rows on 2 ranks: 1.5 gate rows each
+        (gated_mlp(("m",), "gate", "up", (3, 1)), 2, (3, 1)),
         (vocab("m", "w", (5, 1)), 2, (2, 1)),  # 4 rows for 5 words
     ],
 )
@@ -134,11 +135,11 @@ def test_an_incomplete_export_names_the_tensor() -> None:
 
 @st.composite
 def model_configs(draw: st.DrawFn) -> dict[str, Any]:
-    """config.json of a random small dense model whose sizes tp = 4 divides."""
+    """config.json of a random small model whose sizes tp = 4 divides."""
     kv_heads = draw(st.sampled_from([4, 8]))
     heads = kv_heads * draw(st.integers(1, 3))
     config: dict[str, Any] = {
-        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3"])),
+        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
         "num_hidden_layers": draw(st.integers(1, 3)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -148,6 +149,9 @@ def model_configs(draw: st.DrawFn) -> dict[str, Any]:
         "tie_word_embeddings": draw(st.booleans()),
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
+        "num_experts": draw(st.integers(1, 3)),
+        "moe_intermediate_size": 4 * draw(st.integers(1, 3)),
+        "decoder_sparse_step": draw(st.integers(1, 2)),
     }
     if config["model_type"] == "qwen3" or draw(st.booleans()):
         config["head_dim"] = draw(st.integers(1, 4))

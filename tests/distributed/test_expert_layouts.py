@@ -1,0 +1,62 @@
+"""A mixture of experts trains under every layout like on one rank: one step, in fp32.
+
+One step only: after it rounding can send a token to another expert, and the runs part for good.
+The measured differences are printed: `pytest -rP tests/distributed/test_expert_layouts.py`.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.parity import Reference, errors, make_reference
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "dp4_ep2": {"dp": 4, "ep": 2},
+    "dp4_ep4": {"dp": 4, "ep": 4},
+    "dp2_etp2": {"dp": 2, "etp": 2},
+    "tp2": {"tp": 2},
+    "tp2_etp2": {"tp": 2, "etp": 2},
+    "tp2_ep2": {"tp": 2, "ep": 2},
+    "tp2_dp2_ep2": {"tp": 2, "dp": 2, "ep": 2},
+    "tp2_dp2_ep2_etp2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+    "pp2_dp2_ep2": {"pp": 2, "dp": 2, "ep": 2},
+    "cp2_ep2": {"cp": 2, "ep": 2},
+    "cp2_dp2_ep2": {"cp": 2, "dp": 2, "ep": 2},
+}
+LARGE = {
+    "tp2_pp2_dp2_ep2": {"tp": 2, "pp": 2, "dp": 2, "ep": 2},
+    "tp2_pp2_dp2_ep2_etp2": {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "etp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Reference:
+    return make_reference(tmp_path_factory.mktemp("model"), "qwen3_moe", steps=1)
+
+
+def check(reference: Reference, parallel: dict[str, Any], **sections: Any) -> None:
+    logprobs, norm, update = errors(reference.train(parallel, **sections), reference)
+    assert logprobs < 1e-4
+    assert norm < 1e-5
+    assert update < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_equals_that_of_one_rank(reference, layout):
+    check(reference, LAYOUTS[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE)
+def test_a_step_on_eight_ranks_equals_that_of_one(reference, layout):
+    check(reference, LARGE[layout])
+
+
+@pytest.mark.parametrize("layout", ["dp2_ep2", "tp2_dp2_ep2_etp2"])
+def test_a_step_with_the_gathering_dispatcher_equals_that_of_one_rank(reference, layout):
+    options = {"moe_token_dispatcher_type": "allgather"}
+    model = {"path": reference.path, "megatron": options}
+    check(reference, LAYOUTS[layout], model=model)

@@ -1,0 +1,89 @@
+"""Mixtures of experts: the Hugging Face model, loaded, computed and written by Megatron."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.model_jobs import held_experts_job, logits_job, round_trip_job
+from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.weight_jobs import written_job
+
+pytestmark = pytest.mark.distributed
+
+MODELS = {
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_some_dense": (
+        "qwen3_moe",
+        # Layers 0, 2 and 3 are dense: two for their position, one by name.
+        {
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+LAYOUTS = {
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "tp2": {"tp": 2},
+    "cp2_dp2_ep2": {"cp": 2, "dp": 2, "ep": 2},
+    "pp2_dp2_ep2": {"pp": 2, "dp": 2, "ep": 2},
+    "tp2_dp2_ep2_etp2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(request, tmp_path_factory):
+    """(folder, transformers model)."""
+    architecture, overrides = MODELS[request.param]
+    path = tmp_path_factory.mktemp(request.param)
+    return path, save_tiny_model(path, architecture, **overrides)
+
+
+def test_logits_equal_those_of_transformers(saved):
+    path, model = saved
+    tokens = torch.randint(131, (3, 40), generator=torch.Generator().manual_seed(1))
+    [logits] = run_distributed(1, logits_job, tiny_config(path), tokens)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    error = (logits - expected).abs().max().item()
+    print(f"largest |logit difference|: {error:.1e}")
+    assert error < 1.1e-5
+
+
+@pytest.mark.parametrize("layout", ["pp2_dp2_ep2", "tp2_dp2_ep2_etp2"])
+def test_hf_to_megatron_to_hf_is_bit_identical(saved, layout, tmp_path):
+    path, _ = saved
+    config = tiny_config(path, parallel=LAYOUTS[layout])
+    target = tmp_path / "out.safetensors"
+    run_distributed(4, round_trip_job, config, target)
+    original, written = load_file(path / "model.safetensors"), load_file(target)
+    assert written.keys() == original.keys()
+    assert all(torch.equal(written[name], original[name]) for name in original)
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model(path, "qwen3_moe")
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_element_is_written_by_exactly_one_rank(qwen3_moe, layout):
+    config = tiny_config(qwen3_moe, parallel=LAYOUTS[layout])
+    by_rank = run_distributed(config.parallel.world_size, written_job, config)
+    for name in by_rank[0]:
+        writers = sum(written[name].int() for written in by_rank)
+        assert (writers == 1).all(), f"{name}: {writers.unique().tolist()} writers"
+    elements = [sum(int(mask.sum()) for mask in written.values()) for written in by_rank]
+    assert max(elements) < 0.75 * sum(elements), f"{elements} by rank: one writes nearly all"
+
+
+# 4 layers of 12 experts with 3 matrices of 24 x 64, spread over 2 ranks or over 4.
+@pytest.mark.parametrize(("layout", "ranks"), [("dp2_ep2", 2), ("tp2_dp2_ep2_etp2", 4)])
+def test_a_rank_holds_its_share_of_the_experts_only(qwen3_moe, layout, ranks):
+    config = tiny_config(qwen3_moe, parallel=LAYOUTS[layout])
+    held = run_distributed(ranks, held_experts_job, config)
+    assert held == [4 * 12 * 3 * 24 * 64 // ranks] * ranks
