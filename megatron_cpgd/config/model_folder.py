@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 """Supported `model_type` -> class in `architectures`."""
 

@@ -218,8 +218,10 @@ def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> 
         "moe_ffn_hidden_size": experts.intermediate,
         "moe_layer_freq": [int(i not in experts.dense_layers) for i in range(decoder.layers)],
         "moe_router_topk": hf["num_experts_per_tok"],
-        # Softmax over all experts, or over the chosen ones, which are then normalised.
-        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        # Softmax over the chosen experts is softmax over all of them, normalised afterwards.
+        "moe_router_pre_softmax": not (
+            hf["model_type"] == "mixtral" or hf.get("norm_topk_prob", False)
+        ),
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if coefficient > 0 else "none",
         "moe_aux_loss_coeff": coefficient,
@@ -273,6 +275,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         problems.append(f"hidden_act: expected silu, got {hf['hidden_act']}")
     if hf.get("use_sliding_window"):
         problems.append("use_sliding_window: sliding-window attention is not supported")
+    if hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None:
+        problems.append("sliding_window: sliding-window attention is not supported")
     if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
         problems.append("attention_bias: biases of o_proj are not supported")
     if hf.get("mlp_bias"):

@@ -29,8 +29,12 @@ class Experts:
     count: int
     intermediate: int
     """Of each expert."""
-    dense_layers: frozenset[int]
+    dense_layers: frozenset[int] = frozenset()
     """Layers that keep a single MLP."""
+    hf_block: str = "mlp"
+    """Name of the block inside a layer."""
+    hf_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Names of an expert's gate, up and down projection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,17 @@ def qwen3_moe(config: HfConfig) -> Decoder:
     return _decoder(
         config, qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True, experts=experts
     )
+
+
+def mixtral(config: HfConfig) -> Decoder:
+    """Mixtral: experts in every layer."""
+    experts = Experts(
+        count=_positive(config, "num_local_experts"),
+        intermediate=_positive(config, "intermediate_size"),
+        hf_block="block_sparse_moe",
+        hf_projections=("w1", "w3", "w2"),
+    )
+    return _decoder(config, experts=experts)
 
 
 def decoder_table(model: Decoder) -> WeightTable:
@@ -167,7 +182,7 @@ def _mlp(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
 
 def _experts(experts: Experts, hidden: int, megatron: str, hf: str) -> Iterator[Entry]:
     """Norm, router and experts of one layer; `megatron` and `hf` are its name prefixes."""
-    mlp, hf_mlp = f"{megatron}mlp.", f"{hf}mlp."
+    mlp, hf_mlp = f"{megatron}mlp.", f"{hf}{experts.hf_block}."
     norm = f"{hf}post_attention_layernorm.weight"
     yield rename((f"{megatron}pre_mlp_layernorm.weight",), norm, (hidden,))
     yield rename((f"{mlp}router.weight",), f"{hf_mlp}gate.weight", (experts.count, hidden))
@@ -182,7 +197,7 @@ def _experts(experts: Experts, hidden: int, megatron: str, hf: str) -> Iterator[
             for layer in ("fc1", "fc2")
         )
         gate, up, down = (
-            f"{hf_mlp}experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")
+            f"{hf_mlp}experts.{expert}.{part}.weight" for part in experts.hf_projections
         )
         yield gated_mlp(fc1, gate, up, (rows, hidden), expert=True)
         yield rename(fc2, down, (hidden, rows), "columns", expert=True)

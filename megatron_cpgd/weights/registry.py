@@ -8,6 +8,7 @@ from megatron_cpgd.weights.architectures import (
     HfConfig,
     decoder_table,
     llama,
+    mixtral,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -16,6 +17,7 @@ from megatron_cpgd.weights.table import WeightTable
 
 ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {
     "llama": llama,
+    "mixtral": mixtral,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,

@@ -23,6 +23,7 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "mixtral": ("mixtral", {}),
 }
 LAYOUTS = {
     "dp2_ep2": {"dp": 2, "ep": 2},

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
@@ -29,6 +36,7 @@ MODELS = {
     "llama-mlp-bias": (LlamaConfig, {"mlp_bias": True}),
     "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 3}),
     "qwen2": (Qwen2Config, {}),
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True, "num_hidden_layers": 3}),
     "qwen2-one-kv-head": (Qwen2Config, {"num_key_value_heads": 1}),
@@ -128,7 +136,10 @@ def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type='mamba' is not supported.*llama, .*qwen3, qwen3_moe"),
+        (
+            {"model_type": "mamba"},
+            "model_type='mamba' is not supported.*llama, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type=None"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide.*=6"),
