@@ -81,7 +81,7 @@ def megatron_to_hf(checkpoint_dir: Path, out_dir: Path, *, max_shard_bytes: int)
 
 def _build(config: dict[str, Any], path: Path, dtype: torch.dtype, info: ParallelInfo) -> list[Any]:
     transformer = build_transformer_config(config, ModelConfig(path=path), ParallelConfig(), dtype)
-    return [chunk.to(dtype) for chunk in build_chunks(transformer, config, info)]
+    return build_chunks(transformer, config, info)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpgd.config.checks import check_passthrough
@@ -17,7 +18,7 @@ from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelC
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.weights.architectures import Decoder
+from megatron_cpgd.weights.architectures import Decoder, Experts
 from megatron_cpgd.weights.registry import read_decoder
 
 VOCAB_MULTIPLE = 128
@@ -48,6 +49,13 @@ FIXED_FIELDS = {
     "moe_layer_freq": "model.path",
     "moe_router_topk": "model.path",
     "moe_router_pre_softmax": "model.path",
+    "moe_shared_expert_intermediate_size": "model.path",
+    "moe_router_score_function": "model.path",
+    "moe_router_enable_expert_bias": "model.path",
+    "moe_router_topk_scaling_factor": "model.path",
+    "moe_router_num_groups": "model.path",
+    "moe_router_group_topk": "model.path",
+    "moe_router_bias_update_rate": "a frozen bias (it is part of the model, not of its training)",
     "moe_aux_loss_coeff": "model.router_aux_loss_coef",
     "moe_router_load_balancing_type": "model.router_aux_loss_coef",
     "moe_expert_capacity_factor": "no capacity (a dropped token's log-prob depends on its batch)",
@@ -97,8 +105,8 @@ def build_transformer_config(
         ConversionError: the config asks for something that Megatron would compute differently.
     """
     _check_megatron_options(model)
-    _refuse_unsupported(hf)
     decoder = read_decoder(hf)
+    _refuse_unsupported(hf, decoder)
     interleaved = parallel.vpp > 1
     fields: dict[str, Any] = {
         "num_layers": decoder.layers,
@@ -196,8 +204,13 @@ def computation(hf: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
 
 
 def wrap_precision(config: TransformerConfig, chunk: GPTModel) -> torch.nn.Module:
-    """The chunk with its parameters in bf16, if asked for."""
-    wrapped: torch.nn.Module = Float16Module(config, chunk) if config.bf16 else chunk
+    """The chunk in bf16, if asked for; its weights are to be loaded afterwards."""
+    if not config.bf16:
+        return chunk  # type: ignore[no-any-return]
+    wrapped: torch.nn.Module = Float16Module(config, chunk)
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            module._maintain_float32_expert_bias()  # else upstream does it after the first rounding
     return wrapped
 
 
@@ -218,22 +231,44 @@ def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> 
         "moe_ffn_hidden_size": experts.intermediate,
         "moe_layer_freq": [int(i not in experts.dense_layers) for i in range(decoder.layers)],
         "moe_router_topk": hf["num_experts_per_tok"],
-        # Softmax over the chosen experts is softmax over all of them, normalised afterwards.
-        "moe_router_pre_softmax": not (
-            hf["model_type"] == "mixtral" or hf.get("norm_topk_prob", False)
-        ),
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if coefficient > 0 else "none",
         "moe_aux_loss_coeff": coefficient,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": torch.cuda.is_available(),
+        **_router_fields(hf, experts),
     }
+
+
+def _router_fields(hf: dict[str, Any], experts: Experts) -> dict[str, Any]:
+    """How the scores of the experts come about."""
+    if not experts.score_correction:
+        # Softmax over the chosen experts is softmax over all of them, normalised afterwards.
+        normalised = hf["model_type"] == "mixtral" or hf.get("norm_topk_prob", False)
+        return {"moe_router_pre_softmax": not normalised}
+    groups = hf.get("n_group") or 1
+    return {
+        "moe_shared_expert_intermediate_size": experts.shared_intermediate,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": hf["topk_group"] if groups > 1 else None,
+    }
+
+
+def _rotary_part(hf: dict[str, Any]) -> float:
+    """Share of each head that RoPE rotates."""
+    name, default = "partial_rotary_factor", 0.5 if hf["model_type"] == "glm4_moe" else 1.0
+    return float((hf.get("rope_parameters") or {}).get(name, hf.get(name, default)))
 
 
 def _rope_arguments(hf: dict[str, Any]) -> dict[str, Any]:
     rope = rope_parameters(hf)
     return {
         "rotary_base": rope["rope_theta"],
+        "rotary_percent": _rotary_part(hf),
         "rope_scaling": rope["rope_type"] == "llama3",
         "rope_scaling_factor": rope.get("factor", 1.0),
     }
@@ -269,7 +304,7 @@ def _check_megatron_options(model: ModelConfig) -> None:
         raise ConfigError("\n  ".join(["wrong settings:", *problems]))
 
 
-def _refuse_unsupported(hf: dict[str, Any]) -> None:
+def _refuse_unsupported(hf: dict[str, Any], decoder: Decoder) -> None:
     problems = []
     if hf.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act: expected silu, got {hf['hidden_act']}")
@@ -277,13 +312,30 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         problems.append("use_sliding_window: sliding-window attention is not supported")
     if hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None:
         problems.append("sliding_window: sliding-window attention is not supported")
-    if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
+    if decoder.output_bias:
         problems.append("attention_bias: biases of o_proj are not supported")
-    if hf.get("mlp_bias"):
+    if decoder.mlp_bias:
         problems.append("mlp_bias: biases of the MLP are not supported")
+    if decoder.experts is not None and decoder.experts.score_correction:
+        problems += _router_problems(hf)
     problems += _rope_problems(rope_parameters(hf))
+    if hf["model_type"] != "glm4_moe" and _rotary_part(hf) != 1:
+        problems.append("partial_rotary_factor: rotating a part of a head is not supported")
     if problems:
         raise ConversionError("config.json: " + "; ".join(problems))
+
+
+def _router_problems(hf: dict[str, Any]) -> list[str]:
+    problems = []
+    chosen = hf["num_experts_per_tok"]
+    if not hf.get("norm_topk_prob", False) or chosen < 2:
+        problems.append("norm_topk_prob, num_experts_per_tok: expected true and at least 2")
+    if (hf.get("n_group") or 1) > 1 and chosen != 2 * hf["topk_group"]:
+        problems.append(
+            f"topk_group: Megatron-Core rates a group by its num_experts_per_tok / topk_group = "
+            f"{chosen} / {hf['topk_group']} best experts, the model by 2"
+        )
+    return problems
 
 
 def _rope_problems(rope: dict[str, Any]) -> list[str]:

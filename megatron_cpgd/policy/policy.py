@@ -96,10 +96,9 @@ class Policy:
             checkpoint.config, config.model, config.parallel, torch_dtype(config.precision.train)
         )
         self._chunks = build_chunks(transformer, checkpoint.config, info)
+        wrapped = [wrap_precision(transformer, chunk) for chunk in self._chunks]
         load_hf_weights(self._chunks, table, checkpoint, info)
-        self._models = wrap_data_parallel(
-            transformer, config.optim, [wrap_precision(transformer, c) for c in self._chunks]
-        )
+        self._models = wrap_data_parallel(transformer, config.optim, wrapped)
         self._optimizer = build_optimizer(transformer, config.optim, self._models)
         spreads_experts = info.ep_size * info.etp_size > 1
         self._schedule = Schedule(

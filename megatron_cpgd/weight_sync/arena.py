@@ -21,8 +21,7 @@ def open_arena(table: WeightTable, dtype: torch.dtype) -> TensorFile:
     if dist.get_rank() == 0:
         remove_stale_arenas()
         target = arena_path(os.getpid())
-        tensors = {name: (dtype, shape) for name, shape in table.hf_shapes.items()}
-        arena = TensorFile.create(target, tensors, {"format": "pt"})
+        arena = TensorFile.create(target, table.hf_tensors(dtype), {"format": "pt"})
         path = [str(target)]
     dist.broadcast_object_list(path)
     assert path[0] is not None

@@ -18,6 +18,8 @@ from megatron_cpgd.weights.table import (
     vocab,
 )
 
+PREDICTION = "predicts further tokens, which is not trained"
+
 HfConfig = Mapping[str, Any]
 """config.json, parsed."""
 
@@ -35,6 +37,10 @@ class Experts:
     """Name of the block inside a layer."""
     hf_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Names of an expert's gate, up and down projection."""
+    shared_intermediate: int = 0
+    """Of the MLP that sees every token beside the experts; 0: there is none."""
+    score_correction: bool = False
+    """Sigmoid scores, and a bias that corrects them for the choice of experts only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +62,8 @@ class Decoder:
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
     experts: Experts | None = None
+    prediction_layers: int = 0
+    """Layers behind the last one that predict further tokens; not trained, not computed."""
 
 
 def llama(config: HfConfig) -> Decoder:
@@ -112,11 +120,25 @@ def mixtral(config: HfConfig) -> Decoder:
     return _decoder(config, experts=experts)
 
 
+def glm4_moe(config: HfConfig) -> Decoder:
+    """GLM-4.5: biases on query, key and value; shared experts; the first layers are dense."""
+    return _decoder(
+        config,
+        qkv_bias=bool(config.get("attention_bias", False)),
+        qk_norm=bool(config.get("use_qk_norm", False)),
+        experts=_routed_experts(config),
+        prediction_layers=int(config.get("num_nextn_predict_layers") or 0),
+    )
+
+
 def decoder_table(model: Decoder) -> WeightTable:
     """The table of a decoder."""
     embedding_shape = (model.vocab, model.hidden)
     embedding = "model.embed_tokens.weight"
     ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
+    if model.prediction_layers:
+        further = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
+        ignored.append(Ignored(rf"model\.layers\.({further})\..*", PREDICTION, carried=True))
     if model.tied:
         ignored.append(Ignored(r"lm_head\.weight", "tied to the embedding by config.json"))
     head = embedding if model.tied else "lm_head.weight"
@@ -125,9 +147,9 @@ def decoder_table(model: Decoder) -> WeightTable:
         prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
         entries += _attention(model, *prefixes)
         if model.experts is None or layer in model.experts.dense_layers:
-            entries += _mlp(model, *prefixes)
+            entries += _dense_layer(model, *prefixes)
         else:
-            entries += _experts(model.experts, model.hidden, *prefixes)
+            entries += _expert_layer(model.experts, model.hidden, *prefixes)
     entries.append(
         rename(("decoder.final_layernorm.weight",), "model.norm.weight", (model.hidden,))
     )
@@ -163,29 +185,38 @@ def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
             yield rename(name, f"{hf_attention}{side}_norm.weight", (model.head_dim,))
 
 
-def _mlp(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
+def _dense_layer(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
     """Norm and gated MLP of one layer; the arguments are the name prefixes of the layer."""
-    mlp, hf_mlp = f"{megatron}mlp.", f"{hf}mlp."
-    norm_names = (f"{megatron}pre_mlp_layernorm.weight", f"{mlp}linear_fc1.layer_norm_weight")
-    yield rename(norm_names, f"{hf}post_attention_layernorm.weight", (model.hidden,))
-    shapes = {"weight": (model.intermediate, model.hidden), "bias": (model.intermediate,)}
-    for kind in _kinds(bias=model.mlp_bias):
-        gate, up = (f"{hf_mlp}{part}_proj.{kind}" for part in ("gate", "up"))
-        yield gated_mlp((f"{mlp}linear_fc1.{kind}",), gate, up, shapes[kind])
-    yield from _row_parallel(
-        f"{mlp}linear_fc2",
-        f"{hf_mlp}down_proj",
-        (model.hidden, model.intermediate),
-        bias=model.mlp_bias,
+    norm_names = (
+        f"{megatron}pre_mlp_layernorm.weight",
+        f"{megatron}mlp.linear_fc1.layer_norm_weight",
     )
+    yield rename(norm_names, f"{hf}post_attention_layernorm.weight", (model.hidden,))
+    shape = (model.intermediate, model.hidden)
+    yield from _mlp(f"{megatron}mlp.", f"{hf}mlp.", shape, bias=model.mlp_bias)
 
 
-def _experts(experts: Experts, hidden: int, megatron: str, hf: str) -> Iterator[Entry]:
+def _mlp(megatron: str, hf: str, shape: tuple[int, int], *, bias: bool = False) -> Iterator[Entry]:
+    """A gated MLP of the given [intermediate, hidden]; `megatron` and `hf` are its prefixes."""
+    for kind in _kinds(bias=bias):
+        gate, up = (f"{hf}{part}_proj.{kind}" for part in ("gate", "up"))
+        size = shape if kind == "weight" else shape[:1]
+        yield gated_mlp((f"{megatron}linear_fc1.{kind}",), gate, up, size)
+    yield from _row_parallel(f"{megatron}linear_fc2", f"{hf}down_proj", shape[::-1], bias=bias)
+
+
+def _expert_layer(experts: Experts, hidden: int, megatron: str, hf: str) -> Iterator[Entry]:
     """Norm, router and experts of one layer; `megatron` and `hf` are its name prefixes."""
     mlp, hf_mlp = f"{megatron}mlp.", f"{hf}{experts.hf_block}."
     norm = f"{hf}post_attention_layernorm.weight"
     yield rename((f"{megatron}pre_mlp_layernorm.weight",), norm, (hidden,))
     yield rename((f"{mlp}router.weight",), f"{hf_mlp}gate.weight", (experts.count, hidden))
+    if experts.score_correction:
+        bias = f"{hf_mlp}gate.e_score_correction_bias"
+        yield rename((f"{mlp}router.expert_bias",), bias, (experts.count,), fp32=True)
+    if experts.shared_intermediate:
+        shape = (experts.shared_intermediate, hidden)
+        yield from _mlp(f"{mlp}shared_experts.", f"{hf_mlp}shared_experts.", shape)
     rows = experts.intermediate
     for expert in range(experts.count):
         fc1, fc2 = (
@@ -237,8 +268,25 @@ def _decoder(config: HfConfig, **options: Any) -> Decoder:
     )
 
 
+def _routed_experts(config: HfConfig) -> Experts:
+    """The experts of DeepSeek-V3 and of those that follow it."""
+    intermediate = _positive(config, "moe_intermediate_size")
+    return Experts(
+        count=_positive(config, "n_routed_experts"),
+        intermediate=intermediate,
+        dense_layers=frozenset(range(_integer(config, "first_k_dense_replace", least=0))),
+        shared_intermediate=intermediate * _positive(config, "n_shared_experts"),
+        score_correction=True,
+    )
+
+
 def _positive(config: HfConfig, key: str) -> int:
+    return _integer(config, key, least=1)
+
+
+def _integer(config: HfConfig, key: str, *, least: int) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConversionError(f"config.json: {key}={value!r}, expected a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least else "an integer of at least 0"
+        raise ConversionError(f"config.json: {key}={value!r}, expected {kind}")
     return value

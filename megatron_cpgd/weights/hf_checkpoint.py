@@ -82,8 +82,8 @@ class HfCheckpoint:
         for name in self.names:
             if name in table.hf_shapes:
                 continue
-            if reason := table.ignore_reason(name):
-                logger.info("%s: %s is left out: %s", self.path, name, reason)
+            if ignored := table.find_ignored(name):
+                logger.info("%s: %s is left out: %s", self.path, name, ignored.reason)
             else:
                 problems.append(f"{name} {list(self.shape(name))} is not part of the model")
         raise_problems(f"{self.path} does not fit its config.json", problems)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, read_config
+from megatron_cpgd.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, read_config
 from megatron_cpgd.weights.table import WeightTable
 from megatron_cpgd.weights.tensor_file import TensorFile, tensor_bytes
 
@@ -54,8 +54,9 @@ class HfWriter:
         """Lay out all files, zero-filled, in layer order.
 
         Args:
-            source_dir: checkpoint that gives config.json, tokenizer and chat template.
-            dtype: number format of all tensors.
+            source_dir: checkpoint that gives config.json, tokenizer, chat template and, if its
+                weights are there, the tensors that the table carries over.
+            dtype: number format of all tensors but those that the model keeps in float32.
             overwrite: let `commit` replace out_dir if it holds a checkpoint already.
             copy_code: also copy the source's Python files.
 
@@ -72,8 +73,7 @@ class HfWriter:
         try:
             copy_side_files(source_dir, partial, SIDE_FILES + (CODE_FILES if copy_code else ()))
             _write_json(partial / "config.json", _with_dtype(config, dtype))
-            tensors = {name: (dtype, shape) for name, shape in table.hf_shapes.items()}
-            files = _create_shards(partial, tensors, max_shard_bytes)
+            files = _create_files(partial, table, source_dir, dtype, max_shard_bytes)
         except BaseException:
             shutil.rmtree(partial)
             raise
@@ -149,6 +149,28 @@ def _check_out_dir(out_dir: Path, source_dir: Path, *, overwrite: bool) -> None:
             f"{out_dir} is the source or no checkpoint folder, and is not overwritten; "
             "choose another folder"
         )
+
+
+def _create_files(
+    folder: Path, table: WeightTable, source_dir: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> list[TensorFile]:
+    """All files; the tensors that are carried over from the source have their values."""
+    tensors = table.hf_tensors(dtype)
+    if not any(ignored.carried for ignored in table.ignored):
+        return _create_shards(folder, tensors, max_shard_bytes)
+    if not any(source_dir.glob("*.safetensors")):
+        logger.warning("%s has no weights: layers that are not trained are left out", source_dir)
+        return _create_shards(folder, tensors, max_shard_bytes)
+    with HfCheckpoint.open(source_dir) as source:
+        for name in source.names:
+            ignored = table.find_ignored(name)
+            if ignored is not None and ignored.carried:
+                tensors[name] = (source.dtype(name), source.shape(name))
+        files = _create_shards(folder, tensors, max_shard_bytes)
+        for file in files:
+            for name in file.slots.keys() - table.hf_shapes.keys():
+                file.view(name).copy_(source.read(name, ()))
+        return files
 
 
 def _create_shards(folder: Path, tensors: Tensors, max_shard_bytes: int) -> list[TensorFile]:

@@ -7,6 +7,7 @@ from megatron_cpgd.weights.architectures import (
     Decoder,
     HfConfig,
     decoder_table,
+    glm4_moe,
     llama,
     mixtral,
     qwen2,
@@ -16,6 +17,7 @@ from megatron_cpgd.weights.architectures import (
 from megatron_cpgd.weights.table import WeightTable
 
 ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {
+    "glm4_moe": glm4_moe,
     "llama": llama,
     "mixtral": mixtral,
     "qwen2": qwen2,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
@@ -58,6 +59,8 @@ class Entry:
     """Megatron may append rows (vocabulary padding) that no HF tensor has."""
     alias: bool = False
     """A second Megatron copy of an HF tensor (tied embeddings): loaded, never exported."""
+    fp32: bool = False
+    """Float32 whatever the number format of the model."""
     expert: bool = False
     """One of the experts: it exists on the ranks of one expert-parallel share only."""
 
@@ -74,6 +77,8 @@ class Ignored:
     pattern: str
     """Regular expression that matches the whole HF name."""
     reason: str
+    carried: bool = False
+    """A new checkpoint takes them over from its source."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,14 @@ class WeightTable:
                 columns[segment.hf] = entry.shape[1:]
         return {name: (rows[name], *columns[name]) for name in rows}
 
+    def hf_tensors(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Number format and shape of every HF tensor by name, of a model in `dtype`."""
+        fp32 = {entry.segments[0].hf for entry in self.entries if entry.fp32}
+        return {
+            name: (torch.float32 if name in fp32 else dtype, shape)
+            for name, shape in self.hf_shapes.items()
+        }
+
     def entry(self, megatron_name: str) -> Entry:
         """The entry of a parameter, under either spelling.
 
@@ -113,11 +126,11 @@ class WeightTable:
                 f"table; the table has e.g. {self.entries[0].name}; check model.megatron"
             ) from None
 
-    def ignore_reason(self, hf_name: str) -> str | None:
+    def find_ignored(self, hf_name: str) -> Ignored | None:
         """Why a tensor of the checkpoint may be left out, or None if it may not."""
         for ignored in self.ignored:
             if re.fullmatch(ignored.pattern, hf_name):
-                return ignored.reason
+                return ignored
         return None
 
     def check_written(self, elements: Mapping[str, int]) -> None:
@@ -157,10 +170,11 @@ def rename(
     split: Split = "replicated",
     *,
     expert: bool = False,
+    fp32: bool = False,
 ) -> Entry:
     """A parameter that equals one HF tensor."""
     segments = (Segment(hf, 0, shape[0], 0),)
-    return Entry(names=names, shape=shape, split=split, segments=segments, expert=expert)
+    return Entry(names=names, shape=shape, split=split, segments=segments, expert=expert, fp32=fp32)
 
 
 def vocab(name: str, hf: str, shape: tuple[int, int], *, alias: bool = False) -> Entry:

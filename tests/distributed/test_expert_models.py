@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.model_jobs import held_experts_job, logits_job, round_trip_job
+from tests.helpers.policy_jobs import train_job, with_old_logprobs
 from tests.helpers.ranks import run_distributed
-from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 from tests.helpers.weight_jobs import written_job
 
 pytestmark = pytest.mark.distributed
@@ -24,6 +25,8 @@ MODELS = {
         },
     ),
     "mixtral": ("mixtral", {}),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
 }
 LAYOUTS = {
     "dp2_ep2": {"dp": 2, "ep": 2},
@@ -62,6 +65,20 @@ def test_hf_to_megatron_to_hf_is_bit_identical(saved, layout, tmp_path):
     original, written = load_file(path / "model.safetensors"), load_file(target)
     assert written.keys() == original.keys()
     assert all(torch.equal(written[name], original[name]) for name in original)
+
+
+def test_the_bias_of_a_router_keeps_its_fp32_bits_in_a_bf16_training(tmp_path):
+    save_tiny_model(tmp_path, "glm4_moe")
+    sequences = tiny_sequences()
+    old = [torch.full((sequence.response_length,), -3.0) for sequence in sequences]
+    layout = {"parallel": LAYOUTS["dp2_ep2"], "precision": {"train": "bf16"}}
+    config, target = tiny_config(tmp_path, **layout), tmp_path / "trained"
+    run_distributed(2, train_job, config, with_old_logprobs(sequences, old), target, steps=1)
+    original, trained = load_file(tmp_path / "model.safetensors"), load_file(target)
+    for layer in (1, 2, 3):
+        name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        assert torch.equal(trained[name], original[name])
+        assert not torch.equal(original[name], original[name].bfloat16().float())
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -24,6 +26,19 @@ ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "n_routed_experts": 12,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6}),
     "qwen3_moe": (
         Qwen3MoeConfig,
@@ -54,15 +69,16 @@ SIZES: dict[str, Any] = {
 def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
     """Save a random fp32 model to `path` and return it, in eval mode.
 
-    Norms and biases get random values too: at their initial 1 and 0 they would hide mistakes.
+    Norms and biases, those of routers included, get random values too: at their initial 1 and 0
+    they would hide mistakes.
     """
     config_class, model_class, extra = ARCHITECTURES[architecture]
     torch.manual_seed(7)
     model = model_class(config_class(**{**SIZES, **extra, **overrides})).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                tensor.add_(0.1 * torch.randn_like(tensor))
     model.save_pretrained(path)
     return model
 

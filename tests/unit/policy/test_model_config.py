@@ -203,3 +203,54 @@ def test_the_expert_layout_reaches_megatron():
     config = build(MOE, {"tp": 2, "dp": 4, "ep": 2, "etp": 2})
     assert config.expert_model_parallel_size == 2 and config.expert_tensor_parallel_size == 2
     assert build(MOE, {"tp": 2}).expert_tensor_parallel_size == 1
+
+
+GLM = {
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+}
+
+
+def test_glm_rotates_half_of_each_head_unless_the_config_says_otherwise():
+    model = policy_model
+    assert model._rope_arguments(GLM)["rotary_percent"] == 0.5
+    assert model._rope_arguments(GLM | {"partial_rotary_factor": 0.25})["rotary_percent"] == 0.25
+    new = {"rope_parameters": {"partial_rotary_factor": 0.75}}
+    assert model._rope_arguments(GLM | new)["rotary_percent"] == 0.75
+    assert model._rope_arguments(HF)["rotary_percent"] == 1.0
+
+
+def test_a_corrected_router_has_sigmoid_scores_a_frozen_bias_and_shared_experts():
+    config = build(GLM | {"n_group": 4, "topk_group": 2})
+    assert config.moe_router_score_function == "sigmoid"
+    assert config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate == 0
+    assert config.moe_router_topk_scaling_factor == 1.5
+    assert (config.moe_router_num_groups, config.moe_router_group_topk) == (4, 2)
+    assert config.moe_shared_expert_intermediate_size == 16  # 2 of 8
+    assert config.moe_layer_freq == [0, 1, 1, 1]
+    assert build(GLM | {"n_group": 1}).moe_router_num_groups is None
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (GLM | {"norm_topk_prob": False}, "norm_topk_prob, .*expected true"),
+        (GLM | {"num_experts_per_tok": 1}, "num_experts_per_tok: expected .* at least 2"),
+        (GLM | {"n_group": 4, "topk_group": 1}, "topk_group: .* 4 / 1 best experts, the model by"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: rotating a part"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 8},
+            "sliding_window: .* not supported",
+        ),
+    ],
+)
+def test_a_router_or_rotation_that_megatron_would_compute_differently_is_refused(hf, message):
+    with pytest.raises(ConversionError, match=message):
+        build(hf)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
@@ -29,6 +30,14 @@ BASE = {
     "vocab_size": 37,
 }
 QWEN3_MOE = {"num_experts": 5, "moe_intermediate_size": 12, "head_dim": 12}
+GLM4_MOE = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 12,
+    "head_dim": 12,
+    "attention_bias": True,
+}
 MODELS = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
@@ -36,6 +45,8 @@ MODELS = {
     "llama-mlp-bias": (LlamaConfig, {"mlp_bias": True}),
     "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
+    "glm4-moe": (Glm4MoeConfig, GLM4_MOE),
+    "glm4-moe-qk-norm": (Glm4MoeConfig, GLM4_MOE | {"use_qk_norm": True}),
     "mixtral": (MixtralConfig, {"num_local_experts": 3}),
     "qwen2": (Qwen2Config, {}),
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True, "num_hidden_layers": 3}),
@@ -109,15 +120,32 @@ def test_dense_layers_of_qwen3_moe_are_those_of_transformers(options, dense) -> 
     assert plain == dense
 
 
+def test_the_bias_of_a_router_stays_in_float32() -> None:
+    table = weight_table({"model_type": "glm4_moe", **BASE, **GLM4_MOE})
+    dtypes = {name: dtype for name, (dtype, _) in table.hf_tensors(torch.bfloat16).items()}
+    fp32 = [name for name, dtype in dtypes.items() if dtype is torch.float32]
+    assert fp32 == ["model.layers.1.mlp.gate.e_score_correction_bias"]  # layer 0 is dense
+
+
+def test_layers_that_predict_further_tokens_are_carried_over() -> None:
+    config = {"model_type": "glm4_moe", **BASE, **GLM4_MOE, "num_nextn_predict_layers": 1}
+    table = weight_table(config)  # layers 0 and 1, and layer 2 behind them
+    ignored = table.find_ignored("model.layers.2.eh_proj.weight")
+    assert ignored is not None and ignored.carried
+    assert table.find_ignored("model.layers.3.eh_proj.weight") is None
+    del config["num_nextn_predict_layers"]
+    assert weight_table(config).find_ignored("model.layers.2.eh_proj.weight") is None
+
+
 def test_a_tied_head_is_an_alias_of_the_embedding() -> None:
     config = {"model_type": "qwen2", **BASE, "tie_word_embeddings": True}
     table = weight_table(config)
     head = table.entry("output_layer.weight")
     assert head.alias and head.segments[0].hf == "model.embed_tokens.weight"
-    assert table.ignore_reason("lm_head.weight")
+    assert table.find_ignored("lm_head.weight")
     untied = weight_table(config | {"tie_word_embeddings": False})
     assert not untied.entry("output_layer.weight").alias
-    assert untied.ignore_reason("lm_head.weight") is None
+    assert untied.find_ignored("lm_head.weight") is None
 
 
 def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
@@ -138,7 +166,7 @@ def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
     [
         (
             {"model_type": "mamba"},
-            "model_type='mamba' is not supported.*llama, mixtral, qwen2, qwen3, qwen3_moe",
+            "model_type='mamba' is not supported.*glm4_moe, llama, mixtral, qwen2, qwen3, ",
         ),
         ({"model_type": None}, "model_type=None"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoints"),
@@ -146,6 +174,7 @@ def test_a_missing_head_dim_means_what_transformers_takes_it_for() -> None:
         ({"num_key_value_heads": None}, "num_key_value_heads=None, expected a positive integer"),
         ({"vocab_size": "37"}, "vocab_size='37'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"model_type": "glm4_moe", **GLM4_MOE, "first_k_dense_replace": None}, "at least 0"),
     ],
 )
 def test_an_unsupported_config_is_refused(change: dict[str, Any], message: str) -> None:
@@ -158,6 +187,16 @@ MEGATRON_OPTIONS = {
     "llama-mlp-bias": {"add_bias_linear": True},
     "qwen2-tied": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 128},
+    "glm4-moe": {
+        "add_qkv_bias": True,
+        "kv_channels": 12,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 12,
+        "moe_layer_freq": [0, 1],
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
     "qwen3-moe-mixed": {
         "qk_layernorm": True,
         "kv_channels": 12,
@@ -217,9 +256,11 @@ def test_every_megatron_parameter_has_one_entry_of_its_shape(model: str, one_ran
         share_embeddings_and_output_weights=table.entry("output_layer.weight").alias,
     )
     seen = []
-    for name, parameter in megatron.named_parameters():
+    buffers = [item for item in megatron.named_buffers() if item[0] in megatron.state_dict()]
+    for name, parameter in [*megatron.named_parameters(), *buffers]:
         entry = table.entry(name)
         seen.append(entry.name)
+        assert entry.fp32 == name.endswith(".expert_bias")
         rows = 40 if entry.padded else entry.shape[0]
         assert tuple(parameter.shape) == (rows, *entry.shape[1:]), name
         assert getattr(parameter, "tensor_model_parallel", False) == (entry.split != "replicated")

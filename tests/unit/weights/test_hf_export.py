@@ -1,18 +1,20 @@
 """The written checkpoint: whole or absent, readable by transformers, filled by many processes."""
 
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import HfWriter, plan_shards
 from megatron_cpgd.weights.registry import weight_table
-from megatron_cpgd.weights.table import WeightTable, export_tensor, import_tensor
+from megatron_cpgd.weights.table import Ignored, WeightTable, export_tensor, import_tensor
 
 SIZES = {
     "hidden_size": 32,
@@ -106,6 +108,26 @@ def test_side_files_are_copied_and_the_dtype_is_updated(source: Path, tmp_path: 
     assert written == config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     HfWriter.create(tmp_path / "code", **arguments, copy_code=True).commit()
     assert (tmp_path / "code" / "modeling.py").exists()
+
+
+def test_what_is_not_trained_is_carried_over_bit_by_bit(source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    further = torch.randn(3, 5).to(torch.float16)
+    save_file(weights | {"further": further}, source / "model.safetensors", {"format": "pt"})
+    table = weight_table(json.loads((source / "config.json").read_text()))
+    table = dataclasses.replace(table, ignored=(Ignored("further", "why", carried=True),))
+    arguments = {"table": table, "dtype": torch.bfloat16}
+    HfWriter.create(tmp_path / "out", source_dir=source, **arguments).commit()
+    with HfCheckpoint.open(tmp_path / "out") as checkpoint:
+        checkpoint.check(table)
+        assert torch.equal(checkpoint.read("further", ()), further)
+        assert checkpoint.dtype("further") is torch.float16
+    # The files beside a Megatron checkpoint have no weights.
+    (source / "model.safetensors").unlink()
+    HfWriter.create(tmp_path / "without", source_dir=source, **arguments).commit()
+    with HfCheckpoint.open(tmp_path / "without") as checkpoint:
+        checkpoint.check(table)
+        assert "further" not in checkpoint.names
 
 
 def test_shards_fill_up_in_order() -> None:
