@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from megatron_cpgd.policy.context_parallel import rank_positions
@@ -24,10 +25,13 @@ def use_cpu_layers(block: Any) -> Any:
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        attention = layer.submodules.self_attention.submodules
+        self_attention = layer.submodules.self_attention
+        if self_attention.module is MLASelfAttention:
+            self_attention.module = LatentAttention
+        attention = self_attention.submodules
         attention.core_attention = Attention
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(getattr(attention, name), "__name__", "") == "WrappedTorchNorm":
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(getattr(attention, name, None), "__name__", "") == "WrappedTorchNorm":
                 setattr(attention, name, RMSNorm)
     return block
 
@@ -45,6 +49,32 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), (x.size(-1),), eps=self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Multi-latent attention whose down projections are on every tensor-parallel rank.
+
+    So does Transformer Engine's. The local layer cuts them by rows, and loses the sum over ranks of
+    the gradient of the rotary key (multi_latent_attention.py:737).
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        kv_rows = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_q_down_proj = _ReplicatedLinear(config, config.q_lora_rank)
+        self.linear_kv_down_proj = _ReplicatedLinear(config, kv_rows)
+
+
+class _ReplicatedLinear(torch.nn.Module):
+    def __init__(self, config: Any, rows: int) -> None:
+        super().__init__()
+        weight = torch.empty(rows, config.hidden_size, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
+        # As for RMSNorm: each rank sees its share of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

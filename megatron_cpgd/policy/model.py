@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import Router
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_cpgd.config.checks import check_passthrough
 from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelConfig
@@ -44,6 +44,21 @@ FIXED_FIELDS = {
     "add_bias_linear": "model.path",
     "add_qkv_bias": "model.path",
     "qk_layernorm": "model.path",
+    "multi_latent_attention": "model.path",
+    "q_lora_rank": "model.path",
+    "kv_lora_rank": "model.path",
+    "qk_head_dim": "model.path",
+    "qk_pos_emb_head_dim": "model.path",
+    "v_head_dim": "model.path",
+    "rope_type": "model.path",
+    "rotary_base": "model.path",
+    "rotary_percent": "model.path",
+    "rotary_scaling_factor": "model.path",
+    "original_max_position_embeddings": "model.path",
+    "beta_fast": "model.path",
+    "beta_slow": "model.path",
+    "mscale": "model.path",
+    "mscale_all_dim": "model.path",
     "num_moe_experts": "model.path",
     "moe_ffn_hidden_size": "model.path",
     "moe_layer_freq": "model.path",
@@ -104,8 +119,9 @@ def build_transformer_config(
         ConfigError: wrong options in `model.megatron`.
         ConversionError: the config asks for something that Megatron would compute differently.
     """
-    _check_megatron_options(model)
     decoder = read_decoder(hf)
+    config_class = TransformerConfig if decoder.latent is None else MLATransformerConfig
+    _check_megatron_options(model, config_class)
     _refuse_unsupported(hf, decoder)
     interleaved = parallel.vpp > 1
     fields: dict[str, Any] = {
@@ -143,11 +159,12 @@ def build_transformer_config(
         "expert_tensor_parallel_size": parallel.etp,
         **_recompute_fields(model.recompute),
         **_expert_fields(hf, decoder, model),
+        **_latent_fields(hf, decoder),
     }
     if not torch.cuda.is_available():
         fields |= dict.fromkeys(_FUSIONS, False)
     try:
-        return TransformerConfig(**(fields | model.megatron))
+        return config_class(**(fields | model.megatron))
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"Megatron-Core refuses model.megatron={model.megatron} with this model and layout: "
@@ -240,6 +257,35 @@ def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> 
     }
 
 
+def _latent_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    latent, rope = decoder.latent, rope_parameters(hf)
+    if latent is None:
+        return {}
+    fields = {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": rope["rope_theta"],
+        "rotary_scaling_factor": 1.0,
+    }
+    if rope["rope_type"] == "yarn":
+        original = rope["original_max_position_embeddings"]
+        fields |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": rope["factor"],
+            "original_max_position_embeddings": original,
+            "beta_fast": rope.get("beta_fast") or 32,
+            "beta_slow": rope.get("beta_slow") or 1,
+            "mscale": rope["mscale"],
+            "mscale_all_dim": rope["mscale_all_dim"],
+        }
+    return fields
+
+
 def _router_fields(hf: dict[str, Any], experts: Experts) -> dict[str, Any]:
     """How the scores of the experts come about."""
     if not experts.score_correction:
@@ -297,8 +343,8 @@ def _has_apex_gradient_fusion() -> bool:
     return True
 
 
-def _check_megatron_options(model: ModelConfig) -> None:
-    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+def _check_megatron_options(model: ModelConfig, config_class: type[TransformerConfig]) -> None:
+    allowed = {field.name for field in dataclasses.fields(config_class)}
     problems = check_passthrough(model.megatron, allowed, FIXED_FIELDS, "model.megatron")
     if problems:
         raise ConfigError("\n  ".join(["wrong settings:", *problems]))
@@ -318,7 +364,10 @@ def _refuse_unsupported(hf: dict[str, Any], decoder: Decoder) -> None:
         problems.append("mlp_bias: biases of the MLP are not supported")
     if decoder.experts is not None and decoder.experts.score_correction:
         problems += _router_problems(hf)
-    problems += _rope_problems(rope_parameters(hf))
+    if decoder.latent is not None:
+        problems += _latent_problems(hf)
+    else:
+        problems += _rope_problems(rope_parameters(hf))
     if hf["model_type"] != "glm4_moe" and _rotary_part(hf) != 1:
         problems.append("partial_rotary_factor: rotating a part of a head is not supported")
     if problems:
@@ -335,6 +384,27 @@ def _router_problems(hf: dict[str, Any]) -> list[str]:
             f"topk_group: Megatron-Core rates a group by its num_experts_per_tok / topk_group = "
             f"{chosen} / {hf['topk_group']} best experts, the model by 2"
         )
+    return problems
+
+
+def _latent_problems(hf: dict[str, Any]) -> list[str]:
+    problems, rope = [], rope_parameters(hf)
+    if hf.get("attention_bias"):
+        problems.append("attention_bias: biases of latent attention are not supported")
+    if not hf.get("rope_interleave", True):
+        problems.append("rope_interleave: expected true")
+    if hf["rms_norm_eps"] != 1e-6:
+        problems.append(
+            f"rms_norm_eps: the inner norms of the model have 1e-6, Megatron-Core's as all others "
+            f"{hf['rms_norm_eps']}"
+        )
+    if rope["rope_type"] not in ("default", "yarn"):
+        problems.append(f"rope_type: expected default or yarn, got {rope['rope_type']}")
+    if rope["rope_type"] == "yarn":
+        needed = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
+        problems += [f"yarn {name}: is missing or 0" for name in needed if not rope.get(name)]
+        if "attention_factor" in rope or not rope.get("truncate", True):
+            problems.append("yarn attention_factor, truncate: are not supported")
     return problems
 
 

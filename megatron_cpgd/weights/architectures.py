@@ -44,6 +44,18 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Attention through low-rank projections of queries, and of keys and values together."""
+
+    q_rank: int
+    kv_rank: int
+    qk_head_dim: int
+    """Of the part of queries and keys without rotation."""
+    rotary_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """What decides names and shapes of a decoder."""
 
@@ -61,6 +73,8 @@ class Decoder:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
+    latent: LatentAttention | None = None
+    """In place of heads with projections of their own."""
     experts: Experts | None = None
     prediction_layers: int = 0
     """Layers behind the last one that predict further tokens; not trained, not computed."""
@@ -131,6 +145,23 @@ def glm4_moe(config: HfConfig) -> Decoder:
     )
 
 
+def deepseek_v3(config: HfConfig) -> Decoder:
+    """DeepSeek-V3: latent attention; shared experts; the first layers are dense."""
+    return _decoder(
+        config,
+        qk_norm=True,
+        latent=LatentAttention(
+            q_rank=_positive(config, "q_lora_rank"),
+            kv_rank=_positive(config, "kv_lora_rank"),
+            qk_head_dim=_positive(config, "qk_nope_head_dim"),
+            rotary_dim=_positive(config, "qk_rope_head_dim"),
+            v_head_dim=_positive(config, "v_head_dim"),
+        ),
+        experts=_routed_experts(config),
+        prediction_layers=int(config.get("num_nextn_predict_layers") or 0),
+    )
+
+
 def decoder_table(model: Decoder) -> WeightTable:
     """The table of a decoder."""
     embedding_shape = (model.vocab, model.hidden)
@@ -145,7 +176,10 @@ def decoder_table(model: Decoder) -> WeightTable:
     entries = [vocab("embedding.word_embeddings.weight", embedding, embedding_shape)]
     for layer in range(model.layers):
         prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-        entries += _attention(model, *prefixes)
+        if model.latent is None:
+            entries += _attention(model, *prefixes)
+        else:
+            entries += _latent_attention(model, model.latent, *prefixes)
         if model.experts is None or layer in model.experts.dense_layers:
             entries += _dense_layer(model, *prefixes)
         else:
@@ -183,6 +217,34 @@ def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
         for side in "qk":
             name = (f"{attention}{side}_layernorm.weight",)
             yield rename(name, f"{hf_attention}{side}_norm.weight", (model.head_dim,))
+
+
+def _latent_attention(
+    model: Decoder, latent: LatentAttention, megatron: str, hf: str
+) -> Iterator[Entry]:
+    """Norm and self-attention of one layer; `megatron` and `hf` are its name prefixes."""
+    norm = "input_layernorm.weight"
+    yield rename((f"{megatron}{norm}",), f"{hf}{norm}", (model.hidden,))
+    attention, hf_attention = f"{megatron}self_attention.", f"{hf}self_attn."
+    for side, rank, rotated, head_dim, hf_down in (
+        ("q", latent.q_rank, 0, latent.qk_head_dim + latent.rotary_dim, "q_a_proj"),
+        (
+            "kv",
+            latent.kv_rank,
+            latent.rotary_dim,  # the rotated part of the keys bypasses the second projection
+            latent.qk_head_dim + latent.v_head_dim,
+            "kv_a_proj_with_mqa",
+        ),
+    ):
+        down = (f"{attention}linear_{side}_down_proj.weight",)
+        yield rename(down, f"{hf_attention}{hf_down}.weight", (rank + rotated, model.hidden))
+        up = f"{attention}linear_{side}_up_proj."
+        norms = (f"{attention}{side}_layernorm.weight", f"{up}layer_norm_weight")
+        yield rename(norms, f"{hf_attention}{side}_a_layernorm.weight", (rank,))
+        shape = (model.heads * head_dim, rank)
+        yield rename((f"{up}weight",), f"{hf_attention}{side}_b_proj.weight", shape, "rows")
+    shape = (model.hidden, model.heads * latent.v_head_dim)
+    yield from _row_parallel(f"{attention}linear_proj", f"{hf_attention}o_proj", shape, bias=False)
 
 
 def _dense_layer(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:

@@ -7,6 +7,7 @@ from megatron_cpgd.weights.architectures import (
     Decoder,
     HfConfig,
     decoder_table,
+    deepseek_v3,
     glm4_moe,
     llama,
     mixtral,
@@ -17,6 +18,7 @@ from megatron_cpgd.weights.architectures import (
 from megatron_cpgd.weights.table import WeightTable
 
 ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {
+    "deepseek_v3": deepseek_v3,
     "glm4_moe": glm4_moe,
     "llama": llama,
     "mixtral": mixtral,

@@ -75,6 +75,17 @@ def test_a_step_with_the_gathering_dispatcher_equals_that_of_one_rank(reference,
     check(reference, LAYOUTS[layout], model=model)
 
 
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory) -> Reference:
+    """Latent attention; the choice of experts is limited to groups."""
+    return make_reference(tmp_path_factory.mktemp("deepseek"), "deepseek_v3", steps=1)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_dp2_ep2", "cp2_ep2"])
+def test_a_step_with_latent_attention_equals_that_of_one_rank(deepseek, layout):
+    check(deepseek, LAYOUTS[layout])
+
+
 @pytest.mark.parametrize("layout", ["dp2_ep2", "tp2_dp2_ep2_etp2", "pp2_dp2_ep2"])
 def test_a_step_with_shared_experts_equals_that_of_one_rank(glm, layout):
     check(glm, LAYOUTS[layout])

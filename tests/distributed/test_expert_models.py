@@ -12,6 +12,16 @@ from tests.helpers.weight_jobs import written_job
 
 pytestmark = pytest.mark.distributed
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
 MODELS = {
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_some_dense": (
@@ -25,6 +35,8 @@ MODELS = {
         },
     ),
     "mixtral": ("mixtral", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
 }

@@ -108,6 +108,13 @@ def test_supported_rope_types_are_accepted(check, rope):
     assert check(rope_parameters=rope) == []
 
 
+def test_yarn_is_for_deepseek_v3(check):
+    deepseek = {"model_type": "deepseek_v3", "architectures": None, "n_routed_experts": 4}
+    assert check(rope_scaling={"type": "yarn"}, **deepseek) == []
+    (problem,) = check(rope_scaling={"type": "llama3"}, **deepseek)
+    assert "rope_type 'llama3' is not one of default, yarn" in problem
+
+
 def test_a_missing_folder_says_where_it_was_looked_for(check):
     (problem,) = check("model.path=models/deep/nowhere")
     assert "no such folder, seen from /" in problem

@@ -238,6 +238,54 @@ def test_a_corrected_router_has_sigmoid_scores_a_frozen_bias_and_shared_experts(
     assert build(GLM | {"n_group": 1}).moe_router_num_groups is None
 
 
+DEEPSEEK = GLM | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def test_latent_attention_has_its_own_fields_and_rope():
+    config = build(DEEPSEEK)
+    ranks = (config.q_lora_rank, config.kv_lora_rank)
+    assert config.multi_latent_attention and ranks == (20, 24)
+    heads = (config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim)
+    assert heads == (16, 8, 12)
+    assert (config.rope_type, config.rotary_base) == ("rope", 10000.0)
+    config = build(DEEPSEEK | {"rope_scaling": YARN_ROPE})
+    assert (config.rope_type, config.rotary_scaling_factor) == ("yarn", 40.0)
+    assert (config.mscale, config.mscale_all_dim) == (1.0, 1.0)
+    assert not build({}).multi_latent_attention
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank=None, expected a positive integer"),
+        ({"attention_bias": True}, "attention_bias: biases of latent attention"),
+        ({"rope_interleave": False}, "rope_interleave: expected true"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps: .* have 1e-6, .* 1e-05"),
+        ({"rope_scaling": LLAMA3}, "rope_type: expected default or yarn, got llama3"),
+        ({"rope_scaling": YARN_ROPE | {"mscale_all_dim": 0}}, "yarn mscale_all_dim: is missing"),
+        ({"rope_scaling": YARN_ROPE | {"truncate": False}}, "yarn attention_factor, truncate"),
+    ],
+)
+def test_latent_attention_that_megatron_would_compute_differently_is_refused(change, message):
+    with pytest.raises(ConversionError, match=message):
+        build(DEEPSEEK | change)
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [

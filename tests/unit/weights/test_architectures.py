@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Glm4MoeConfig,
     LlamaConfig,
     MixtralConfig,
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
@@ -38,6 +40,20 @@ GLM4_MOE = {
     "head_dim": 12,
     "attention_bias": True,
 }
+DEEPSEEK_V3 = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 9,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+}
 MODELS = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
@@ -45,6 +61,7 @@ MODELS = {
     "llama-mlp-bias": (LlamaConfig, {"mlp_bias": True}),
     "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
+    "deepseek-v3": (DeepseekV3Config, DEEPSEEK_V3),
     "glm4-moe": (Glm4MoeConfig, GLM4_MOE),
     "glm4-moe-qk-norm": (Glm4MoeConfig, GLM4_MOE | {"use_qk_norm": True}),
     "mixtral": (MixtralConfig, {"num_local_experts": 3}),
