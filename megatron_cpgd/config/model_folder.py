@@ -141,17 +141,12 @@ def _layout(
 
 
 def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
-    sizes, coefficient = config.parallel, config.model.router_aux_loss_coef
+    sizes = config.parallel
     experts = next((hf[name] for name in _EXPERT_COUNTS if name in hf), None)
     if experts is None:
-        settings = {
-            "parallel.ep": (sizes.ep, 1),
-            "parallel.etp": (sizes.etp, 1),
-            "model.router_aux_loss_coef": (coefficient, 0),
-        }
-        for name, (value, neutral) in settings.items():
-            if value != neutral:
-                yield f"{name}={value}: {path} has no experts; set {name}={neutral}"
+        for name in ("ep", "etp"):
+            if (size := getattr(sizes, name)) != 1:
+                yield f"parallel.{name}={size}: {path} has no experts; set parallel.{name}=1"
         return
     width: Any = hf.get("moe_intermediate_size", hf.get("intermediate_size"))
     shares = (("ep", sizes.ep, "experts", experts), ("etp", sizes.etp, "rows of an expert", width))

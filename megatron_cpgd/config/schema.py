@@ -34,9 +34,6 @@ class ModelConfig(Config):
     """Run Python code that comes with the checkpoint or the tokenizer. Off unless you trust it."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: `selective` redoes the core attention, `full` every layer."""
-    router_aux_loss_coef: float = Field(0.0, ge=0)
-    """Weight of the load-balancing loss (arXiv:2101.03961, Eq. 4) of a mixture of experts; the
-    value in config.json is not used."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Further fields of Megatron-Core's TransformerConfig, checked against its field names."""
 

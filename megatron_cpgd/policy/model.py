@@ -71,8 +71,9 @@ FIXED_FIELDS = {
     "moe_router_num_groups": "model.path",
     "moe_router_group_topk": "model.path",
     "moe_router_bias_update_rate": "a frozen bias (it is part of the model, not of its training)",
-    "moe_aux_loss_coeff": "model.router_aux_loss_coef",
-    "moe_router_load_balancing_type": "model.router_aux_loss_coef",
+    "moe_aux_loss_coeff": "no such loss (it would count padding as tokens)",
+    "moe_z_loss_coeff": "no such loss (it would count padding as tokens)",
+    "moe_router_load_balancing_type": "no such loss (it would count padding as tokens)",
     "moe_expert_capacity_factor": "no capacity (a dropped token's log-prob depends on its batch)",
     "moe_input_jitter_eps": "no jitter (old and new log-probs come from one function)",
     "expert_model_parallel_size": "parallel.ep",
@@ -158,7 +159,7 @@ def build_transformer_config(
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
         **_recompute_fields(model.recompute),
-        **_expert_fields(hf, decoder, model),
+        **_expert_fields(hf, decoder),
         **_latent_fields(hf, decoder),
     }
     if not torch.cuda.is_available():
@@ -239,8 +240,8 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> dict[str, Any]:
-    experts, coefficient = decoder.experts, model.router_aux_loss_coef
+def _expert_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    experts = decoder.experts
     if experts is None:
         return {}
     return {
@@ -249,8 +250,7 @@ def _expert_fields(hf: dict[str, Any], decoder: Decoder, model: ModelConfig) -> 
         "moe_layer_freq": [int(i not in experts.dense_layers) for i in range(decoder.layers)],
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if coefficient > 0 else "none",
-        "moe_aux_loss_coeff": coefficient,
+        "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": torch.cuda.is_available(),
         **_router_fields(hf, experts),
