@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from megatron_cpgd.errors import RolloutError, WeightSyncError
@@ -38,6 +40,15 @@ CONFIGS = {
     "qwen2_tied_with_qkv_bias": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3_with_qk_norm": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    ),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [2]]
 SAMPLING = Sampling(n=2, max_tokens=12, seed=5)
@@ -68,8 +79,10 @@ def random_model(config, seed: int) -> nn.Module:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    # Names each tensor once: a tied output layer is left out.
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """As files have them: the module has all experts in one tensor, a tied output layer twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def write_arena(path: Path, weights: dict[str, Tensor]) -> Path:
