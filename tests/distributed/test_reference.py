@@ -69,6 +69,25 @@ def test_a_reference_pass_is_that_of_a_fresh_policy_and_leaves_no_trace_in_the_t
         assert (fresh - torch.cat(one_rank)).abs().max() < 1e-4
 
 
+# The bias of the routers is a buffer, and each rank keeps its own experts.
+def test_a_reference_of_experts_is_swapped_in_with_its_router_biases(tmp_path):
+    paths = [tmp_path / "model", tmp_path / "other"]
+    for path, spread in zip(paths, (0.2, 0.1), strict=True):
+        save_tiny_model(path, "glm4_moe", initializer_range=spread)
+    plain = tiny_sequences()
+    [logprobs] = run_distributed(1, logprobs_job, tiny_config(paths[0]), plain)
+    sequences, layout = with_old_logprobs(plain, logprobs), {"parallel": {"dp": 2, "ep": 2}}
+    config = reference_config(paths[0], {"path": paths[1]}, **layout)
+    target = tmp_path / "trained"
+    result = run_distributed(2, interleaved_job, config, sequences, target, steps=1)[0]
+    fresh = tiny_config(paths[1], **layout)
+    fresh = torch.cat(run_distributed(2, logprobs_job, fresh, sequences)[0])
+    assert all(torch.equal(each, fresh) for each in result["passes"])
+    run_distributed(2, train_job, tiny_config(paths[0], **layout), sequences, tmp_path / "p", 1)
+    trained, undisturbed = load_file(target), load_file(tmp_path / "p")
+    assert all(torch.equal(trained[name], undisturbed[name]) for name in undisturbed)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_without_a_path_the_reference_is_the_untrained_policy(
     model, sequences, precision, tmp_path

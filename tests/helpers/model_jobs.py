@@ -46,6 +46,15 @@ def load_weights_job(config: ExperimentConfig, folder: Path, target: Path) -> No
     write_weights(policy, target)
 
 
+def convert_job(source: Path, folder: Path) -> None:
+    """`source` as a bf16 Megatron checkpoint, and that as a Hugging Face folder again."""
+    from megatron_cpgd.policy.convert import hf_to_megatron, megatron_to_hf
+
+    dist.destroy_process_group()  # the converters make a world of their own
+    hf_to_megatron(source, folder / "megatron", dtype="bf16")
+    megatron_to_hf(folder / "megatron", folder / "back", max_shard_bytes=10**9)
+
+
 def sharded_logprobs_job(
     hidden: torch.Tensor,
     weight: torch.Tensor,
