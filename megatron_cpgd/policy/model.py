@@ -351,7 +351,9 @@ def _check_megatron_options(model: ModelConfig, config_class: type[TransformerCo
 
 
 def _refuse_unsupported(hf: dict[str, Any], decoder: Decoder) -> None:
-    problems = []
+    problems = [f"{name}: is missing" for name in _router_names(hf, decoder) if name not in hf]
+    if problems:
+        raise ConversionError("config.json: " + "; ".join(problems))
     if hf.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act: expected silu, got {hf['hidden_act']}")
     if hf.get("use_sliding_window"):
@@ -372,6 +374,19 @@ def _refuse_unsupported(hf: dict[str, Any], decoder: Decoder) -> None:
         problems.append("partial_rotary_factor: rotating a part of a head is not supported")
     if problems:
         raise ConversionError("config.json: " + "; ".join(problems))
+
+
+def _router_names(hf: dict[str, Any], decoder: Decoder) -> list[str]:
+    """What the router cannot do without."""
+    if decoder.experts is None:
+        return []
+    corrected = decoder.experts.score_correction
+    groups = corrected and (hf.get("n_group") or 1) > 1
+    return [
+        "num_experts_per_tok",
+        *(["routed_scaling_factor"] if corrected else []),
+        *(["topk_group"] if groups else []),
+    ]
 
 
 def _router_problems(hf: dict[str, Any]) -> list[str]:

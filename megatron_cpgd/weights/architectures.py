@@ -18,8 +18,6 @@ from megatron_cpgd.weights.table import (
     vocab,
 )
 
-PREDICTION = "predicts further tokens, which is not trained"
-
 HfConfig = Mapping[str, Any]
 """config.json, parsed."""
 
@@ -169,7 +167,8 @@ def decoder_table(model: Decoder) -> WeightTable:
     ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
     if model.prediction_layers:
         further = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
-        ignored.append(Ignored(rf"model\.layers\.({further})\..*", PREDICTION, carried=True))
+        reason = "predicts further tokens, which is not trained"
+        ignored.append(Ignored(rf"model\.layers\.({further})\..*", reason, carried=True))
     if model.tied:
         ignored.append(Ignored(r"lm_head\.weight", "tied to the embedding by config.json"))
     head = embedding if model.tied else "lm_head.weight"

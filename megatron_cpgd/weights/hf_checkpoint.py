@@ -79,13 +79,17 @@ class HfCheckpoint:
                 )
             elif self.dtype(name) not in FLOAT_DTYPES:
                 problems.append(f"{name}: {self.dtype(name)} is not a supported number format")
+        left_out: dict[str, list[str]] = {}
         for name in self.names:
             if name in table.hf_shapes:
                 continue
             if ignored := table.find_ignored(name):
-                logger.info("%s: %s is left out: %s", self.path, name, ignored.reason)
+                left_out.setdefault(ignored.reason, []).append(name)
             else:
                 problems.append(f"{name} {list(self.shape(name))} is not part of the model")
+        for reason, names in left_out.items():
+            which = "is" if len(names) == 1 else f"and {len(names) - 1} more are"
+            logger.info("%s: %s %s left out: %s", self.path, names[0], which, reason)
         raise_problems(f"{self.path} does not fit its config.json", problems)
 
     def close(self) -> None:

@@ -289,9 +289,12 @@ def test_latent_attention_that_megatron_would_compute_differently_is_refused(cha
         (GLM | {"norm_topk_prob": False}, "norm_topk_prob, .*expected true"),
         (GLM | {"num_experts_per_tok": 1}, "num_experts_per_tok: expected .* at least 2"),
         (GLM | {"n_group": 4, "topk_group": 1}, "topk_group: .* 4 / 1 best experts, the model by"),
+        (GLM | {"num_experts_per_tok": 0} | {"n_group": 2}, "topk_group: is missing"),
+        ({"model_type": "mixtral", "num_local_experts": 4}, "num_experts_per_tok: is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: rotating a part"),
         (
-            {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 8},
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+            | {"sliding_window": 8},
             "sliding_window: .* not supported",
         ),
     ],
