@@ -26,6 +26,48 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteLayout:
+    """What the columns of `Routes` stand for; the same for every rollout of a model."""
+
+    layers: list[int]
+    """[layers] places of the MoE layers among all layers of the model, ascending from 0."""
+    top_k: int
+    """Experts of a token in each of them."""
+    num_experts: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an expert's number: uint8 up to 256 experts, else uint16."""
+        return torch.uint8 if self.num_experts <= 256 else torch.uint16
+
+    @property
+    def bytes_per_token(self) -> int:
+        return len(self.layers) * self.top_k * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """The experts to which the engine sent the tokens of one prompt and its response.
+
+    Row t belongs to input token t, the prompt first. The last sampled token never was an input:
+    it has no row, so there are R = prompt + response - 1 of them.
+    """
+
+    layout: RouteLayout
+    experts: bytes = field(repr=False)
+    """[R, layers, top_k] in C order, see `tensor`."""
+
+    def __post_init__(self) -> None:
+        per_token = self.layout.bytes_per_token
+        assert len(self.experts) % per_token == 0, f"{len(self.experts)=} {per_token=}"
+
+    def tensor(self) -> Tensor:
+        """[R, layers, top_k] of `layout.dtype`; the experts of a token and layer, in no order."""
+        flat = torch.frombuffer(bytearray(self.experts), dtype=self.layout.dtype)
+        return flat.view(-1, len(self.layout.layers), self.layout.top_k)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled response."""
 
@@ -39,6 +81,8 @@ class Rollout:
     """Version of the weights that produced it."""
     text: str = ""
     """Decoded response without special tokens; filled by the trainer."""
+    routes: Routes | None = None
+    """Only if `Sampling.return_routes` asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,8 @@ class Sampling:
     """End tokens; there are no others, whatever the model's generation config says."""
     seed: int | None = None
     """Makes the call reproducible: response i of prompt p draws from stream seed + p * n + i."""
+    return_routes: bool = False
+    """Fill `Rollout.routes`, for a mixture of experts."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1 or self.temperature < 0:
@@ -68,8 +70,8 @@ class RolloutEngine(Protocol):
             version: of the weights that must produce the responses.
 
         Raises:
-            RolloutError: a prompt does not fit the model, the engine holds another version, or it
-                died or did not answer in time.
+            RolloutError: a prompt does not fit the model, the engine holds another version, it
+                cannot return routes or they are wrong, or it died or did not answer in time.
             WeightSyncError: the last refresh failed.
         """
         ...

@@ -21,6 +21,8 @@ class Launch(msgspec.Struct, kw_only=True):
     """Prompt and response tokens."""
     seed: int
     trust_remote_code: bool
+    return_routes: bool
+    """Be able to fill `Rollout.routes`."""
     engine_args: dict[str, Any]
     """Fields of vLLM's EngineArgs."""
 

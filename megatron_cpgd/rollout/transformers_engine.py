@@ -3,6 +3,8 @@
 It checks what training has exported; training itself never uses it.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling
-from megatron_cpgd.types import Rollout
+from megatron_cpgd.rollout.routes import pack_routes
+from megatron_cpgd.types import Rollout, RouteLayout, Routes
 
 BATCH = 64
 """Prompts of one generate call."""
@@ -52,7 +55,16 @@ class TransformersEngine:
             raise RolloutError(f"this engine has no seeds per prompt and no {version=}, only 0")
         torch.manual_seed(sampling.seed or 0)
         batches = (prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH))
-        return [rollouts for batch in batches for rollouts in self._generate(batch, sampling)]
+        groups = [rollouts for batch in batches for rollouts in self._generate(batch, sampling)]
+        if not sampling.return_routes:
+            return groups
+        return [
+            [
+                replace(each, routes=read_routes(self._model, prompt + each.token_ids))
+                for each in group
+            ]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
 
     def refresh(self, arena: Path, version: int) -> RefreshReport:
         """Raises RolloutError: this engine checks one folder."""
@@ -101,3 +113,28 @@ def _rollout(tokens: Tensor, logprobs: Tensor, sampling: Sampling) -> Rollout:
         finish_reason="stop" if len(ends) else "length",
         weight_version=0,
     )
+
+
+@torch.no_grad()
+def read_routes(model: Any, token_ids: list[int]) -> Routes:
+    """Where the routers of a transformers model send the tokens of a prompt and its response.
+
+    For routers that take the largest of a softmax, like those of Qwen-MoE and Mixtral.
+
+    Raises:
+        RolloutError: the model has no router.
+    """
+    names = "\n".join(name for name, _ in model.named_parameters())
+    layers = sorted(
+        {int(i) for i in re.findall(r"^model\.layers\.(\d+)\..*\bexperts\.", names, re.M)}
+    )
+    if not layers:
+        raise RolloutError(f"asked for the routes of {type(model).__name__}: it has no experts")
+    inputs = torch.tensor([token_ids[:-1]])
+    logits = torch.stack(model(inputs, output_router_logits=True).router_logits, dim=1)
+    layout = RouteLayout(
+        layers=layers, top_k=model.config.num_experts_per_tok, num_experts=logits.shape[-1]
+    )
+    # In float32, as the routers do it: rounding may decide between almost equal experts.
+    chosen = logits.softmax(-1, dtype=torch.float32).topk(layout.top_k).indices
+    return pack_routes(chosen.numpy(), layout, tokens=len(token_ids))

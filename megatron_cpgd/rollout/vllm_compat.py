@@ -3,9 +3,13 @@
 The reload works layer by layer (vllm/model_executor/model_loader/reload/layerwise.py): all
 parameters move to the meta device, a layer whose weights have all arrived is built, post-processed
 and copied into the storage that the engine uses. It has no rollback, so one is added here.
+
+Routes are captured where a router of vllm/model_executor/layers/fused_moe/router has chosen. A
+"monolithic" kernel chooses for itself and the routes stay all 0 without a word; on CPU there is no
+other kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -13,9 +17,13 @@ from typing import Any
 import vllm
 from torch import nn
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+from vllm.model_executor.layers.fused_moe.layer import MoERunner
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import get_num_experts
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
 
 SUPPORTED = "0.25."
 
@@ -37,6 +45,16 @@ def runs_on_cpu() -> bool:
 def engine_arg_names() -> set[str]:
     """Names that `vllm.LLM` accepts."""
     return {field.name for field in fields(EngineArgs)}
+
+
+def has_experts(model_dir: str, *, trust_remote_code: bool) -> bool:
+    """Whether the model's configuration names a number of experts."""
+    config = get_config(model_dir, trust_remote_code=trust_remote_code)
+    try:
+        get_num_experts(config.get_text_config())
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager
@@ -86,3 +104,51 @@ def _abort_reload(model: nn.Module) -> None:
             info.reset()
     layerwise.LOADING_LAYERS.clear()
     model._do_torchao_reload = model._original_do_torchao_reload
+
+
+def moe_layers(vllm_config: Any) -> dict[int, MoERunner]:
+    """The MoE layers of this process by their place in the model, ascending."""
+    modules = vllm_config.compilation_config.static_forward_context.values()
+    layers = {module.layer_id: module for module in modules if isinstance(module, MoERunner)}
+    return dict(sorted(layers.items()))
+
+
+def route_sizes(layer: MoERunner) -> tuple[int, int]:
+    """Experts that each token goes to, and experts that there are."""
+    return layer.moe_config.experts_per_token, layer.moe_config.num_logical_experts
+
+
+def report_routes(layer: MoERunner) -> None:
+    """Make sure that this layer reports its choice of experts to `layer.router.capture_fn`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    experts = layer.routed_experts
+    if getattr(layer.router, "capture_fn", None) is None:
+        raise ValueError(f"{type(layer.router).__name__} does not report its choice")
+    if not experts.quant_method.is_monolithic:
+        return
+    if not current_platform.is_cpu():
+        raise ValueError("its kernel chooses the experts itself and does not report them")
+    experts.forward_monolithic = _report_choice(experts.forward_monolithic, layer.router.capture_fn)
+
+
+def _report_choice(forward: Callable[..., Any], report: Callable[[Any], None]) -> Any:
+    """A `forward_monolithic` whose call of cpu_fused_moe.select_experts is listened to."""
+
+    def reporting_forward(*args: Any, **kwargs: Any) -> Any:
+        select = cpu_fused_moe.select_experts
+
+        def select_and_report(*args: Any, **kwargs: Any) -> Any:
+            weights, experts = select(*args, **kwargs)
+            report(experts)
+            return weights, experts
+
+        cpu_fused_moe.select_experts = select_and_report
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            cpu_fused_moe.select_experts = select
+
+    return reporting_forward

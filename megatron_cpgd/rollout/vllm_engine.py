@@ -76,6 +76,7 @@ class VllmEngine:
         log_path: Path | None,
         seed: int,
         trust_remote_code: bool = False,
+        return_routes: bool = False,
     ) -> None:
         """Start the process and return at once; it loads the model meanwhile.
 
@@ -85,6 +86,7 @@ class VllmEngine:
             engine_args: further fields of vLLM's EngineArgs.
             log_path: where the process writes; None keeps it in a temporary file.
             seed: for requests without a seed of their own.
+            return_routes: accept `Sampling.return_routes`; costs memory and time even if unused.
         """
         self._start_timeout_s = start_timeout_s
         self._step_timeout_s = step_timeout_s
@@ -105,6 +107,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 seed=seed,
                 trust_remote_code=trust_remote_code,
+                return_routes=return_routes,
                 engine_args=engine_args,
             )
         )
@@ -132,7 +135,7 @@ class VllmEngine:
         """Return once the model is loaded; the other methods do this first if need be.
 
         Raises:
-            ConfigError: an engine argument is wrong.
+            ConfigError: an engine argument is wrong, or the engine cannot return routes.
             RolloutError: the engine died or did not load in time.
         """
         if not self._ready:

@@ -19,7 +19,8 @@ from megatron_cpgd.rollout.messages import (
     Refreshed,
     Response,
 )
-from megatron_cpgd.types import Rollout
+from megatron_cpgd.rollout.routes import pack_moe_layers
+from megatron_cpgd.types import Rollout, RouteLayout
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,20 @@ CPU_ENGINE_ARGS = {
 """Defaults on CPU; on CUDA vLLM's own ones hold."""
 PREFILL_TOKENS = 2048
 """Smallest prefill batch on CPU; vLLM's warm-up computes one of this size."""
+NO_ROUTES_WITH = (
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+    "speculative_config",
+    "kv_transfer_config",
+)
+"""Engine arguments other than 1 or null under which vLLM returns no routes, or not all."""
 
 
 def build_llm(launch: Launch) -> LLM:
     """
     Raises:
-        ConfigError: an engine argument is unknown, or set by this system.
+        ConfigError: an engine argument is unknown, set by this system, or does not work.
     """
     vllm_compat.require_supported_vllm()
     fixed = {
@@ -52,11 +61,19 @@ def build_llm(launch: Launch) -> LLM:
         "logprobs_mode": "processed_logprobs",
         # Else the model's generation config would add end tokens of its own.
         "generation_config": "vllm",
-        "worker_extension_cls": "megatron_cpgd.rollout.weight_receiver.WeightReceiver",
+        "worker_extension_cls": "megatron_cpgd.rollout.worker_extension.WorkerExtension",
+        "enable_return_routed_experts": launch.return_routes,
     }
     check_engine_args(launch.engine_args, fixed=set(fixed))
+    if launch.return_routes:
+        check_routes_possible(launch)
     defaults: dict[str, Any] = {"disable_log_stats": True}
     if vllm_compat.runs_on_cpu():
+        if launch.engine_args.get("enable_expert_parallel"):
+            raise ConfigError(
+                "rollout.engine_args.enable_expert_parallel: vLLM crashes with it on CPU, its "
+                "kernel ignores which experts are local; use tensor_parallel_size alone"
+            )
         defaults |= CPU_ENGINE_ARGS
         defaults["max_num_batched_tokens"] = max(launch.max_model_len, PREFILL_TOKENS)
     return LLM(**(defaults | launch.engine_args | fixed))
@@ -78,11 +95,48 @@ def check_engine_args(engine_args: dict[str, Any], *, fixed: set[str]) -> None:
             )
 
 
+def check_routes_possible(launch: Launch) -> None:
+    """
+    Raises:
+        ConfigError: the model has no experts, or an engine argument excludes routes.
+    """
+    if not vllm_compat.has_experts(launch.model_dir, trust_remote_code=launch.trust_remote_code):
+        raise ConfigError(
+            f"model.path={launch.model_dir}: routes are asked for, but the model has no experts; "
+            "only a mixture of experts has routes"
+        )
+    for name in NO_ROUTES_WITH:
+        value = launch.engine_args.get(name)
+        if value not in (None, 1):
+            raise ConfigError(
+                f"rollout.engine_args.{name}={value}: routes are asked for, and vLLM cannot return "
+                "them with it; remove it"
+            )
+
+
+def start_reporting_routes(llm: LLM) -> RouteLayout:
+    """
+    Raises:
+        ConfigError: a layer cannot report its routes.
+    """
+    receipt, *others = llm.collective_rpc("cpgd_report_routes")
+    if "error" in receipt:
+        raise ConfigError(
+            f"vLLM cannot return the routes of this model: {receipt['error']}; another "
+            "rollout.engine_args.moe_backend may"
+        )
+    assert all(other == receipt for other in others), f"{receipt=} {others=}"
+    return RouteLayout(**receipt)
+
+
 class Engine:
     """vLLM and the version of the weights in it."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, *, return_routes: bool = False) -> None:
+        """Raises ConfigError: the model's layers cannot report their routes."""
         self.llm = llm
+        self.layout = start_reporting_routes(llm) if return_routes else None
+        """Of the routes that the engine returns; None if it was not started for that."""
         self.version = 0
         self.refresh_error: str | None = None
         """Why the last refresh failed; nothing is generated until one succeeds."""
@@ -120,13 +174,19 @@ class Engine:
             vocab_size=config.get_vocab_size(),
             max_model_len=config.max_model_len,
         )
+        if sampling.return_routes and self.layout is None:
+            raise RolloutError("asked for routes, the engine was started without return_routes")
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in request.prompts],
             sampling_params(request),
             use_tqdm=False,
         )
+        layout = self.layout if sampling.return_routes else None
         return Generated(
-            groups=[[rollout(sample, self.version) for sample in out.outputs] for out in outputs]
+            groups=[
+                [rollout(prompt, sample, self.version, layout) for sample in output.outputs]
+                for prompt, output in zip(request.prompts, outputs, strict=True)
+            ]
         )
 
     def refresh(self, request: Refresh) -> Refreshed:
@@ -178,11 +238,23 @@ def sampling_params(request: Generate) -> list[SamplingParams]:
     ]
 
 
-def rollout(output: CompletionOutput, version: int) -> Rollout:
-    """vLLM's record as ours; `logprobs=0` reports the sampled token alone at each position."""
+def rollout(
+    prompt: list[int], output: CompletionOutput, version: int, layout: RouteLayout | None
+) -> Rollout:
+    """vLLM's record as ours; `logprobs=0` reports the sampled token alone at each position.
+
+    Args:
+        layout: of the routes to return; None returns none.
+    """
+    token_ids = list(output.token_ids)
+    routes = None
+    if layout is not None:
+        tokens = len(prompt) + len(token_ids)
+        routes = pack_moe_layers(output.routed_experts, layout, tokens=tokens)
     return Rollout(
-        token_ids=list(output.token_ids),
+        token_ids=token_ids,
         logprobs=output.logprobs.logprobs,
         finish_reason=output.finish_reason,
         weight_version=version,
+        routes=routes,
     )

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightReceiver:
-    """Methods that vLLM mixes into its Worker (engine argument `worker_extension_cls`).
+    """Loads an arena into a running engine.
 
     vLLM's own weight-transfer engines cannot answer the caller and need three remote calls, which
     leave some workers in the middle of an update when one of them fails. Here a refresh is one

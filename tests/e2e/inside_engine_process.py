@@ -2,18 +2,31 @@
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.rollout.messages import Failed, Generate, Generated, Launch, Refresh, Refreshed
 from megatron_cpgd.rollout.vllm_engine import engine_environment
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 os.environ.update(engine_environment(dict(os.environ), cpu=True))
 
-from test_vllm_engine import (
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from megatron_cpgd.rollout import vllm_compat
+from megatron_cpgd.rollout.vllm_requests import (
+    Engine,
+    build_llm,
+    check_engine_args,
+    start_reporting_routes,
+)
+from tests.helpers.engines import (
     CONFIGS,
     MAX_MODEL_LEN,
     PROMPTS,
@@ -24,8 +37,7 @@ from test_vllm_engine import (
     random_model,
     write_arena,
 )
-
-from megatron_cpgd.rollout.vllm_requests import Engine, build_llm, check_engine_args
+from tests.helpers.tiny_moe_engine import moe_config
 
 
 def check_that_engine_arguments_are_verified() -> None:
@@ -52,9 +64,42 @@ def check_that_a_refresh_that_breaks_off_can_be_repeated(directory: Path) -> Non
     healed = engine.answer(generate(1))
     assert isinstance(healed, Generated)
     assert logprob_error(models[1], PROMPTS, healed.groups) < TOLERANCE
+    engine.llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()  # makes room for a second engine in this process
 
 
-def launch(directory: Path) -> Launch:
+def check_that_routes_are_refused_where_there_can_be_none(directory: Path) -> None:
+    """`directory` holds a dense model; nothing is loaded before the refusal."""
+    with pytest.raises(ConfigError, match="routes are asked for, but the model has no experts"):
+        build_llm(launch(directory, return_routes=True))
+    with pytest.raises(ConfigError, match=r"enable_return_routed_experts is set by megatron_cpgd"):
+        build_llm(launch(directory, enable_return_routed_experts=True))
+    with pytest.raises(ConfigError, match=r"enable_expert_parallel: vLLM crashes with it on CPU"):
+        build_llm(launch(directory, enable_expert_parallel=True))
+
+
+def check_that_routes_that_no_kernel_reports_are_refused(directory: Path) -> None:
+    """What vLLM returns on CPU by itself has the right shape and is all 0."""
+    random_model(moe_config(), seed=1).save_pretrained(directory)
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=2: routes are asked for, and"):
+        build_llm(launch(directory, return_routes=True, pipeline_parallel_size=2))
+    engine = Engine(build_llm(launch(directory, return_routes=True)), return_routes=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_compat, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+        with pytest.raises(ConfigError, match="layer 0: its kernel chooses the experts itself"):
+            start_reporting_routes(engine.llm)
+    request = generate(0, replace(SAMPLING, return_routes=True))
+    assert isinstance(engine.answer(request), Generated)
+    for layer in vllm_compat.moe_layers(engine.llm.llm_engine.vllm_config).values():
+        del layer.routed_experts.forward_monolithic  # the hook; vLLM's method is behind it
+    refused = engine.answer(request)
+    assert isinstance(refused, Failed) and refused.kind == "rollout", refused
+    assert "token 0 went to the experts [0, 0, 0] in layer 0" in refused.message, refused
+    assert not engine.broken
+    assert isinstance(engine.answer(generate(0)), Generated)
+
+
+def launch(directory: Path, *, return_routes: bool = False, **engine_args: Any) -> Launch:
     return Launch(
         address="",
         client_pid=0,
@@ -63,12 +108,17 @@ def launch(directory: Path) -> Launch:
         max_model_len=MAX_MODEL_LEN,
         seed=0,
         trust_remote_code=False,
-        engine_args={"kv_cache_memory_bytes": 32 << 20, "max_num_batched_tokens": MAX_MODEL_LEN},
+        return_routes=return_routes,
+        engine_args={
+            "kv_cache_memory_bytes": 32 << 20,
+            "max_num_batched_tokens": MAX_MODEL_LEN,
+            **engine_args,
+        },
     )
 
 
-def generate(version: int) -> Generate:
-    return Generate(prompts=PROMPTS, sampling=SAMPLING, seeds=None, version=version)
+def generate(version: int, sampling: Sampling = SAMPLING) -> Generate:
+    return Generate(prompts=PROMPTS, sampling=sampling, seeds=None, version=version)
 
 
 def view_until(last: str):
@@ -86,3 +136,6 @@ if __name__ == "__main__":
     check_that_engine_arguments_are_verified()
     with tempfile.TemporaryDirectory() as folder:
         check_that_a_refresh_that_breaks_off_can_be_repeated(Path(folder))
+        check_that_routes_are_refused_where_there_can_be_none(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        check_that_routes_that_no_kernel_reports_are_refused(Path(folder))

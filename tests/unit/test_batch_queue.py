@@ -7,7 +7,9 @@ from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.scored_batch import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
-from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
+from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, RouteLayout, Routes
+
+LAYOUT = RouteLayout(layers=[3], top_k=2, num_experts=256)
 
 
 class CountingSampler:
@@ -21,9 +23,9 @@ class CountingSampler:
         rollouts = [
             Rollout(
                 token_ids=[5, 6], logprobs=[-0.1, -1e-7 / 3], finish_reason="stop",
-                weight_version=version, text=f"response {i}",
+                weight_version=version, text=f"response {i}", routes=routes,
             )
-            for i in range(2)
+            for i, routes in enumerate([None, Routes(layout=LAYOUT, experts=bytes([0, 2, 255, 1]))])
         ]  # fmt: skip
         prompt = Prompt(
             id=f"train:{self.batches}", token_ids=[1], text="?", answer=None, fields={"a": [1, "x"]}
@@ -69,6 +71,7 @@ def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
         expected, actual = queue._batches[step - 2], resumed._batches[step - 2]
         for field in ("groups", "rewards", "reward_parts", "version", "metrics"):
             assert repr(getattr(actual, field)) == repr(getattr(expected, field))
+        assert actual.groups == expected.groups  # routes too, which repr leaves out
         for field in ("values", "prompt_weight"):
             left, right = (getattr(b.advantages, field) for b in (actual, expected))
             assert left.dtype == right.dtype and torch.equal(left, right)
