@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_cpgd.types import LossSequence
+from megatron_cpgd.types import LossSequence, TrainSequence
 from tests.helpers.parity import Reference, errors, train
 from tests.helpers.policy_jobs import with_old_logprobs
 from tests.helpers.ranks import run_distributed
-from tests.helpers.routing_jobs import own_routes_job, passes_job, record_job
+from tests.helpers.routing_jobs import loop_job, own_routes_job, passes_job, record_job
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.distributed
@@ -132,6 +133,63 @@ def test_passes_use_the_routes_that_they_should(reference, layout):
         assert result["disagreement"] == results[0]["disagreement"] > 0.9
         for forwards, recomputed in result["uses"]:
             assert forwards == recomputed > 1
+
+
+@pytest.fixture(scope="module", params=["old_policy", "rollout"])
+def loop(request, reference, tmp_path_factory):
+    """Trains on one rollout batch: parallel sizes -> result and weights."""
+    algorithm = {
+        "routing_replay": request.param, "mini_batches": 2, "epochs": 2, "reference": {"coef": 0.1}
+    }  # fmt: skip
+    batch = train_sequences(reference, routed=request.param == "rollout")
+
+    def train(parallel: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        target = tmp_path_factory.mktemp("loop") / "weights.safetensors"
+        config = tiny_config(
+            reference.path,
+            parallel=parallel,
+            algorithm=algorithm,
+            batch={"tokens_per_micro_batch": 96},
+            optim={"lr": 1e-4},  # four steps with few tokens that come near a clip bound
+        )
+        results = run_distributed(config.parallel.world_size, loop_job, config, batch, target)
+        return results[-1], load_file(target)
+
+    return request.param, train, train({})
+
+
+def test_every_pass_of_the_loop_replays_but_those_of_the_reference_and_of_the_recording(loop):
+    source, _, (result, _) = loop
+    steps = [True, True, False, True, True]  # two epochs; before the second its weights
+    assert result["passes"] == ([False, *steps] if source == "rollout" else steps)
+    assert ("routing/disagreement" in result["metrics"]) == (source == "rollout")
+
+
+@pytest.mark.parametrize("layout", ["pp2_vpp2", "tp2_ep2"])
+def test_a_rollout_batch_trains_like_on_one_rank(loop, reference, layout):
+    _, train, (expected_result, expected) = loop
+    result, weights = train(LAYOUTS[layout])
+    assert result["metrics"] == pytest.approx(expected_result["metrics"], rel=1e-3, abs=1e-4)
+    difference = sum((weights[n] - expected[n]).square().sum() for n in expected)
+    update = sum((expected[n] - reference.initial[n]).square().sum() for n in expected)
+    error = (difference / update).sqrt()
+    print(f"update {error:.1e}")
+    assert error < 1e-3
+
+
+def train_sequences(reference: Reference, *, routed: bool) -> list[TrainSequence]:
+    return [
+        TrainSequence(
+            group=i // 3,
+            prompt_ids=each.input_ids[: each.prompt_length],
+            response_ids=each.input_ids[each.prompt_length :],
+            rollout_logprobs=torch.full((each.response_length,), -4.0),
+            advantage=(-1.0) ** i,
+            truncated=False,
+            routes=each.routes if routed else None,
+        )
+        for i, each in enumerate(reference.sequences)
+    ]
 
 
 def bare(reference: Reference) -> list[LossSequence]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.policy.routing_replay import LayerReplay
-from megatron_cpgd.types import LossSequence
+from megatron_cpgd.policy.routing_replay import LayerReplay, RoutingReplay
+from megatron_cpgd.policy.share import share_sequences
+from megatron_cpgd.types import LossSequence, TrainSequence
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
 
 
@@ -37,6 +39,32 @@ def own_routes_job(
         "replayed": torch.cat(replayed),
         "weights": load_file(weights),
     }
+
+
+def loop_job(
+    config: ExperimentConfig, sequences: list[TrainSequence], weights: Path
+) -> dict[str, Any]:
+    """The loop's part between rollouts and weights; the weights go to a file.
+
+    Returns the metrics, and whether each replaying pass had a backward pass.
+    """
+    from megatron_cpgd.train import _optimise, _set_old_logprobs, _set_ref_logprobs
+
+    policy = build_policy(config)
+    run: Any = SimpleNamespace(config=config, policy=policy, bad_steps=0)
+    shared = share_sequences(sequences if policy.info.rank == 0 else None)
+    passes: list[bool] = []
+    replaying = RoutingReplay.replaying
+
+    def note(routing: RoutingReplay, sequences: list[LossSequence], *, backward: bool) -> Any:
+        passes.append(backward)
+        return replaying(routing, sequences, backward=backward)
+
+    with patch.object(RoutingReplay, "replaying", note):
+        metrics = _set_old_logprobs(run, shared, step=1) | _set_ref_logprobs(run, shared)
+        metrics |= _optimise(run, shared, step=1)
+    write_weights(policy, weights)
+    return {"metrics": metrics, "passes": passes}
 
 
 def passes_job(config: ExperimentConfig, sequences: list[LossSequence]) -> dict[str, Any]:
