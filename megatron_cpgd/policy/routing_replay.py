@@ -5,7 +5,7 @@ Upstream's router leaves the top-k to an object in its place `router_replay`, if
 ours belong to a chunk and know their layer, so that pipeline stages and other models are safe.
 
 Replay fixes the choice alone: the gates come from the live scores of the chosen experts, so the
-router keeps its gradient (arXiv:2510.11370). The auxiliary loss counts the router's own choice.
+router keeps its gradient (arXiv:2510.11370).
 """
 
 import math
@@ -179,11 +179,14 @@ class RoutingReplay:
         @contextmanager
         def forward(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
             yield
+            routings = self._layers[model]
+            if not routings:
+                return
             rows = self._local_order(token_index(batch, starts), batch)
             real = rows >= 0
-            for routing in self._layers[model]:
-                experts = chosen.pop(routing).to("cpu", torch.int16)
-                flat[rows[real], routing.column] = experts[real]
+            experts = torch.stack([chosen.pop(routing) for routing in routings], dim=1)
+            columns = torch.tensor([routing.column for routing in routings])
+            flat[rows[real, None], columns] = experts.to("cpu", torch.int16)[real]
 
         def keep(routing: LayerRouting, own: Tensor) -> Tensor:
             chosen[routing] = own

@@ -115,6 +115,20 @@ def test_replaying_the_routers_own_choice_changes_no_bit(reference, tmp_path, re
     assert all(torch.equal(own["weights"][name], free.weights[name]) for name in free.weights)
 
 
+# Sigmoid scores with a bias that counts for the choice alone; DeepSeek's groups of experts too.
+@pytest.mark.parametrize("architecture", ["glm4_moe", "deepseek_v3"])
+def test_so_it_is_with_other_routers(tmp_path, architecture):
+    save_tiny_model(tmp_path, architecture)
+    sequences = with_old_logprobs(
+        tiny_sequences(), [torch.zeros(s.response_length) for s in tiny_sequences()]
+    )
+    config = tiny_config(tmp_path, **REPLAY)
+    [own] = run_distributed(1, own_routes_job, config, sequences, tmp_path / "weights")
+    assert torch.equal(own["recorded"], own["replayed"])
+    free = train(tmp_path, sequences, 1)
+    assert all(torch.equal(own["weights"][name], free.weights[name]) for name in free.weights)
+
+
 @pytest.mark.parametrize("layout", ["one", "pp2_vpp2", "tp2_cp2"])
 def test_passes_use_the_routes_that_they_should(reference, layout):
     config = tiny_config(
