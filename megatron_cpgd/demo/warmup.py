@@ -23,7 +23,6 @@ from megatron_cpgd.demo.recipe import WarmupSettings
 
 logger = logging.getLogger(__name__)
 
-
 IGNORED = -100
 """Label of tokens without loss, the default of torch's cross entropy."""
 
