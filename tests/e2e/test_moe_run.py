@@ -1,4 +1,4 @@
-"""A mixture of experts on two ranks that hold half of the experts each, with vLLM; and a resume."""
+"""A mixture of experts on two ranks that hold half of the experts each, with the routes of vLLM."""
 
 import shutil
 
@@ -36,6 +36,7 @@ def write_run(run_dir, assets):
     content = settings(assets)
     content["run"] = {"steps": 3, "dir": str(run_dir)}
     content["parallel"] = {"dp": 2, "ep": 2}
+    content["algorithm"]["routing_replay"] = "rollout"
     content["checkpoint"] = {"every": 1, "export_every": 1, "keep": 9}
     return write_yaml(run_dir.with_suffix(".yaml"), content)
 
@@ -44,12 +45,13 @@ def exported(run_dir, step):
     return run_dir / "hf" / f"step_{step:06d}"
 
 
-def test_trainer_and_engine_agree_on_every_log_prob(run_dir):
+def test_trainer_and_engine_agree_on_every_log_prob_and_every_route(run_dir):
     rows = read_rows(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
         assert row["rollout/logprob_abs_diff_mean"] <= 1e-5
         assert row["rollout/logprob_abs_diff_max"] <= 1e-4
+        assert row["routing/disagreement"] == 0
 
 
 def test_the_policy_learns(run_dir):
@@ -87,10 +89,10 @@ def test_transformers_loads_every_expert_of_the_export(run_dir):
 def test_a_resumed_run_samples_and_learns_the_same_bit_by_bit(run_dir, assets, folder):
     resumed = folder / "resumed"
     shutil.copytree(run_dir, resumed)
-    (resumed / "checkpoints" / "latest").write_text("step_000001\n")
+    (resumed / "checkpoints" / "latest").write_text("step_000002\n")
     finished = run_cli("train", write_run(resumed, assets), folder=folder)
     assert finished.code == 0, finished.err
-    assert "step_000001" in finished.err and "step 2/3" in finished.out
+    assert "step_000002" in finished.err and "step 3/3" in finished.out
     expected, actual = (read_rows(path / "metrics.jsonl") for path in (run_dir, resumed))
     for left, right in zip(expected, actual, strict=True):
         same = {name for name in left if not name.startswith(("time/", "perf/"))}
