@@ -1,4 +1,4 @@
-# make demo, make test: everything from a fresh machine with Python and make.
+# make demo, make demo-moe, make test: everything from a fresh machine with Python and make.
 EXTRA ?= cpu
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/bin/uv)
 BIN := .venv/bin
@@ -7,10 +7,13 @@ export GLOO_SOCKET_IFNAME ?= lo
 # Python compiles torch and vllm once here instead of in each of many processes.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-moe test test-all lint clean
 
 demo: $(BIN)/.synced
 	$(BIN)/python tools/demo.py $(ARGS)
+
+demo-moe: $(BIN)/.synced
+	$(BIN)/python tools/demo.py --moe $(ARGS)
 
 test: $(BIN)/.synced
 	$(BIN)/python -m pytest $(ARGS)

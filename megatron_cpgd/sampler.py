@@ -18,7 +18,7 @@ from megatron_cpgd.algorithm.advantages import (
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
 from megatron_cpgd.data.stream import PromptStream
-from megatron_cpgd.errors import DataError
+from megatron_cpgd.errors import DataError, RolloutError
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
@@ -26,6 +26,8 @@ from megatron_cpgd.rollout.vllm_engine import VllmEngine
 from megatron_cpgd.scored_batch import SampledResponses, ScoredBatch, accuracy
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
+from megatron_cpgd.weights.registry import read_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,10 @@ class Sampler:
         self._config = config
         self._prompts = prompts
         self.engine = engine
+        self._routed_layers: list[int] | None = None
+        if config.algorithm.routing_replay == "rollout":
+            with HfCheckpoint.open(config.model.path) as checkpoint:
+                self._routed_layers = read_decoder(checkpoint.config).moe_layers
         self._rewards = RewardPool(
             config.rewards.functions,
             workers=config.rewards.workers,
@@ -159,7 +165,22 @@ class Sampler:
         # One stream per response of the whole run: a resumed run samples the same.
         first = (self._config.run.seed << 40) + stream.batches * len(prompts) * size
         sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
-        return self._generate(prompts, sampling, seed=first, version=version)
+        if self._routed_layers is not None:
+            sampling = replace(sampling, return_routes=True)
+        groups = self._generate(prompts, sampling, seed=first, version=version)
+        self._check_routes(groups)
+        return groups
+
+    def _check_routes(self, groups: Sequence[RolloutGroup]) -> None:
+        """Raises RolloutError: the trainer has its experts in other layers."""
+        for rollout in (rollout for group in groups for rollout in group.rollouts):
+            layers = rollout.routes.layout.layers if rollout.routes else None
+            if layers != self._routed_layers:
+                raise RolloutError(
+                    "algorithm.routing_replay=rollout: expected routes of the layers "
+                    f"{self._routed_layers}, which have experts in {self._config.model.path}; the "
+                    f"engine returned those of {layers}"
+                )
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, version: int
@@ -252,4 +273,5 @@ def start_engine(config: ExperimentConfig, log_path: Path) -> VllmEngine:
         log_path=log_path,
         seed=config.run.seed,
         trust_remote_code=config.model.trust_remote_code,
+        return_routes=config.algorithm.routing_replay == "rollout",
     )

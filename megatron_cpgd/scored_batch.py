@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_cpgd.algorithm.advantages import Advantages, equal_rewards
 from megatron_cpgd.rewards.base import RewardResult, join_results
 from megatron_cpgd.stability.repetition import repetition_frac
-from megatron_cpgd.types import RolloutGroup, TrainSequence
+from megatron_cpgd.types import RolloutGroup, Routes, TrainSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +110,19 @@ def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
             rollout_logprobs=torch.tensor(rollout.logprobs, dtype=torch.float32),
             advantage=advantage,
             truncated=rollout.finish_reason == "length",
+            routes=None if rollout.routes is None else _with_last_token(rollout.routes),
         )
         for i, (group, row) in enumerate(
             zip(batch.groups, batch.advantages.values.tolist(), strict=True)
         )
         for rollout, advantage in zip(group.rollouts, row, strict=True)
     ]
+
+
+def _with_last_token(routes: Routes) -> Tensor:
+    """[L, MoE layers, top_k] int16: the last token, which the engine never fed, has no route."""
+    experts = routes.tensor().to(torch.int16)
+    return torch.cat([experts, experts.new_full((1, *experts.shape[1:]), -1)])
 
 
 def batch_metrics(batch: ScoredBatch, step: int) -> dict[str, float]:

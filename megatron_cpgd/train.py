@@ -86,7 +86,13 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
         for sequence in sequences:
             sequence.old_logprobs = sequence.rollout_logprobs
         return {}
-    logprobs = run.policy.compute_logprobs(without_loss(sequences))
+    replay = run.config.algorithm.routing_replay
+    if replay == "old_policy":
+        logprobs, routes = run.policy.record_routes(without_loss(sequences))
+        for sequence, own in zip(sequences, routes, strict=True):
+            sequence.routes = own
+    else:
+        logprobs = run.policy.compute_logprobs(without_loss(sequences))
     for sequence, values in zip(sequences, logprobs, strict=True):
         sequence.old_logprobs = values
     rollout_logprobs = [sequence.rollout_logprobs for sequence in sequences]
@@ -99,6 +105,8 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
             f"rollout.logprob_diff_limit={limit:g}; the two do not compute the same model, or the "
             "limit is below the rounding of their number formats"
         )
+    if replay == "rollout":
+        mismatch["routing/disagreement"] = run.policy.routing_disagreement()
     algorithm = run.config.algorithm
     return mismatch | correction_metrics(
         old_minus_rollout(sequences), algorithm.correction, algorithm.rejection

@@ -115,6 +115,9 @@ class TrainSequence:
     """[T] float32, log-probs of the reference policy; None without one."""
     epoch_weight: Tensor | None = None
     """[T] float32, truncated importance weight of epochs after the first; None means 1."""
+    routes: Tensor | None = None
+    """[L, MoE layers, top_k] int16, the experts to which input token t goes when the trainer
+    computes; -1 where its own routers choose. None: everywhere."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids.dtype == self.response_ids.dtype == torch.int64
@@ -122,6 +125,7 @@ class TrainSequence:
         assert len(self.rollout_logprobs) == len(self.response_ids), (
             f"{len(self.rollout_logprobs)=} {len(self.response_ids)=}"
         )
+        _check_routes(self.routes, self.length)
 
     @property
     def length(self) -> int:
@@ -138,6 +142,11 @@ class LossSequence:
     prompt_length: int
     tensors: dict[str, Tensor]
     """[T] float32 each, by name: what the loss function reads per response token."""
+    routes: Tensor | None = None
+    """As `TrainSequence.routes`."""
+
+    def __post_init__(self) -> None:
+        _check_routes(self.routes, self.length)
 
     @property
     def length(self) -> int:
@@ -179,3 +188,9 @@ class MicroBatch:
             assert x.shape == shape, f"{name}: {tuple(x.shape)} is not {tuple(shape)}"
         if self.cu_seqlens is not None:
             assert shape[0] == 1 and self.cu_seqlens[-1] == shape[1], f"{shape=} {self.cu_seqlens=}"
+
+
+def _check_routes(routes: Tensor | None, length: int) -> None:
+    if routes is not None:
+        assert routes.dtype == torch.int16 and routes.dim() == 3, f"{routes.dtype=} {routes.shape=}"
+        assert len(routes) == length, f"{len(routes)=} {length=}"

@@ -5,6 +5,7 @@ one token but not on the live policy; `algorithm/objective.py` adds what does.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,6 +73,7 @@ def without_loss(sequences: Sequence[TrainSequence]) -> list[LossSequence]:
             input_ids=torch.cat([s.prompt_ids, s.response_ids]),
             prompt_length=len(s.prompt_ids),
             tensors={},
+            routes=s.routes,
         )
         for s in sequences
     ]
@@ -156,9 +158,7 @@ def _loss_sequence(
         tensors["ref_logprobs"] = sequence.ref_logprobs
         tensors["ref_coefficients"] = torch.full((length,), coefficient)
     [plain] = without_loss([sequence])
-    return LossSequence(
-        input_ids=plain.input_ids, prompt_length=plain.prompt_length, tensors=tensors
-    )
+    return replace(plain, tensors=tensors)
 
 
 def _clip_tensors(length: int, clip: Clip) -> dict[str, Tensor]:

@@ -320,6 +320,10 @@ class AlgorithmConfig(Config):
     """pi_old, the anchor of ratio, clip and drift. `trainer`: its log-probs right before a batch is
     trained on, one more forward pass. `sampler`: those that the engine reported, so that staleness
     and the engine's own rounding count as a change of the policy."""
+    routing_replay: Literal["none", "old_policy", "rollout"] = "none"
+    """Experts of a mixture of experts while a batch is trained on. `none`: the routers choose;
+    `old_policy` (R2): those that the trainer's routers chose in the pass of old_policy=trainer;
+    `rollout` (R3): those that the engine chose while sampling, also in that pass."""
     policy: PolicyTerm = LogRatioTerm()
     """Shape of the policy term."""
     clip: Clip = ConstantClip()

@@ -14,6 +14,7 @@ def check_algorithm(config: ExperimentConfig) -> Iterator[str]:
     yield from _inert_algorithm(config)
     yield from _objective(config)
     yield from _sampler_correction(config)
+    yield from _routing_replay(config)
 
 
 def _inert_algorithm(config: ExperimentConfig) -> Iterator[str]:
@@ -170,4 +171,32 @@ def _sampler_is_old(config: ExperimentConfig) -> Iterator[str]:
                 f"{name} compares the trainer's old log-probs with the sampler's, but "
                 "algorithm.old_policy=sampler takes the sampler's for both; remove it or set "
                 "algorithm.old_policy=trainer"
+            )
+
+
+def _routing_replay(config: ExperimentConfig) -> Iterator[str]:
+    algorithm, options = config.algorithm, config.model.megatron
+    if algorithm.routing_replay == "none":
+        return
+    if algorithm.routing_replay == "old_policy" and algorithm.old_policy == "sampler":
+        yield (
+            "algorithm.routing_replay=old_policy replays the pass that computes old log-probs, "
+            "which algorithm.old_policy=sampler leaves out; set old_policy=trainer or "
+            "routing_replay=rollout"
+        )
+    elif (
+        algorithm.routing_replay == "old_policy" and algorithm.mini_batches * algorithm.epochs == 1
+    ):
+        yield (
+            "algorithm.routing_replay=old_policy does nothing: with one optimizer step per rollout "
+            "the routers still choose as in the old policy; set algorithm.mini_batches > 1 or "
+            "algorithm.epochs > 1, or routing_replay=none"
+        )
+    # The first chooses inside its kernel, the others repeat the choice of the captured pass.
+    graphs = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+    for name in ("moe_router_fusion", *graphs):
+        if options.get(name) not in (None, False, "none"):
+            yield (
+                f"model.megatron.{name}={options[name]} cannot replay routes; remove it or set "
+                "algorithm.routing_replay=none"
             )

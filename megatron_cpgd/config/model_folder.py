@@ -144,9 +144,14 @@ def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterat
     sizes = config.parallel
     experts = next((hf[name] for name in _EXPERT_COUNTS if name in hf), None)
     if experts is None:
-        for name in ("ep", "etp"):
-            if (size := getattr(sizes, name)) != 1:
-                yield f"parallel.{name}={size}: {path} has no experts; set parallel.{name}=1"
+        settings = {
+            "parallel.ep": (sizes.ep, 1),
+            "parallel.etp": (sizes.etp, 1),
+            "algorithm.routing_replay": (config.algorithm.routing_replay, "none"),
+        }
+        for name, (value, neutral) in settings.items():
+            if value != neutral:
+                yield f"{name}={value}: {path} has no experts; set {name}={neutral}"
         return
     width: Any = hf.get("moe_intermediate_size", hf.get("intermediate_size"))
     shares = (("ep", sizes.ep, "experts", experts), ("etp", sizes.etp, "rows of an expert", width))

@@ -137,6 +137,19 @@ def sequence_index(micro_batch: MicroBatch) -> Tensor:
     return index.masked_fill(~micro_batch.loss_mask, -1)
 
 
+def token_index(micro_batch: MicroBatch, starts: Sequence[int] | Mapping[int, int]) -> Tensor:
+    """[B, S] int64: `starts[i]` + t at token t of sequence i, prompt included; -1 at padding.
+
+    Args:
+        starts: by the index of a sequence in the batch that was packed.
+    """
+    index = torch.full(micro_batch.input_ids.shape, -1)
+    for i, own in zip(micro_batch.indices, _spans(micro_batch), strict=True):
+        if i >= 0:
+            index.view(-1)[own] = torch.arange(starts[i], starts[i] + own.stop - own.start)
+    return index
+
+
 def _spans(micro_batch: MicroBatch) -> list[slice]:
     """The real tokens of each contained sequence in the flattened batch, filling included."""
     shape = micro_batch.input_ids.shape

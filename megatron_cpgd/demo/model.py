@@ -32,7 +32,7 @@ def save_trained_model(
     ]
     with _one_thread():
         start = time.perf_counter()
-        model = build_model(tokenizer, recipe.seed)
+        model = build_model(tokenizer, recipe.seed, recipe.experts)
         warm_up(model, tokenizer, examples, recipe.warmup, recipe.seed)
         logger.info("warm-up took %.0f s", time.perf_counter() - start)
         for name, greedy in (("greedy", True), ("sampled", False)):

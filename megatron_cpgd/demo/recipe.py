@@ -39,4 +39,12 @@ class Recipe:
     """Worked examples of each training problem, each with its own mistakes."""
     max_length: int = 128
     """Longest sequence of the model, in tokens."""
+    experts: int = 0
+    """Experts of each layer, two of which see a token; 0: the layers are dense."""
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
+
+
+DENSE = Recipe()
+"""What `make demo` trains from."""
+MOE = Recipe(experts=8)
+"""What `make demo-moe` trains from: the same problems and warm-up, a mixture of experts."""

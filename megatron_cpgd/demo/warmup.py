@@ -1,14 +1,23 @@
-"""Supervised training of a tiny Qwen3 model on worked examples, in plain PyTorch."""
+"""Supervised training of a tiny Qwen3 or Qwen3-MoE on worked examples, in plain PyTorch."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_cpgd.demo.recipe import WarmupSettings
 
@@ -28,30 +37,43 @@ class _Corpus:
     """[N, L] int64; `IGNORED` on prompts and padding."""
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, experts: int = 0) -> PreTrainedModel:
     """Qwen3 with 2 layers, 127 424 parameters in float32, random weights fixed by `seed`.
 
     Heads, KV heads and the vocabulary are even, so that two tensor-parallel ranks can share them.
+
+    Args:
+        experts: 0, or this many instead of each MLP (8: 251 328 parameters in all); top-2 routing.
     """
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=tokenizer.model_max_length,
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": tokenizer.model_max_length,
         # The usual 0.02 suits wide models; at width 64 it delays learning by many steps.
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config)
+    model: PreTrainedModel
+    if experts:
+        sizes |= {
+            "num_experts": experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        }
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -62,7 +84,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 
 def warm_up(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[tuple[str, str]],
     settings: WarmupSettings,
@@ -89,7 +111,7 @@ def warm_up(
 
 @torch.inference_mode()
 def respond(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
@@ -131,7 +153,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, 
     )
 
 
-def _loss(model: Qwen3ForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
     # Padding stands on the right of causal attention: no mask is needed.
     logits = model(input_ids=input_ids[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

@@ -63,6 +63,7 @@ FIXED_FIELDS = {
     "moe_ffn_hidden_size": "model.path",
     "moe_layer_freq": "model.path",
     "moe_router_topk": "model.path",
+    "moe_enable_routing_replay": "algorithm.routing_replay",
     "moe_router_pre_softmax": "model.path",
     "moe_shared_expert_intermediate_size": "model.path",
     "moe_router_score_function": "model.path",

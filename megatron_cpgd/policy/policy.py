@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,9 @@ from megatron_cpgd.policy.optimizer import (
 )
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.reference import ReferenceWeights
+from megatron_cpgd.policy.routing_replay import RoutingReplay
 from megatron_cpgd.policy.schedule import (
+    ForwardContext,
     LocalTokens,
     Schedule,
     batch_sequences,
@@ -115,6 +118,9 @@ class Policy:
             common_shape=info.pp_size > 1
             or (transformer.moe_token_dispatcher_type == "allgather" and spreads_experts),
         )
+        self._routing: RoutingReplay | None = None
+        if config.algorithm.routing_replay != "none":
+            self._routing = RoutingReplay(self._models, transformer, info)
         self._reference: ReferenceWeights | None = None
         if config.reference_path is not None:
             with HfCheckpoint.open(config.reference_path) as reference:
@@ -126,11 +132,32 @@ class Policy:
         self.lr_scale = 1.0
         """Factor of the learning rate; each roll back makes it smaller."""
 
-    @torch.no_grad()
     def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
         """[T] float32 CPU log-probs of each sequence's response under the current weights."""
         if not sequences:  # on every rank: they all have the same list
             return []
+        with self._replaying(sequences, backward=False) as forward_context:
+            return self._forward_logprobs(sequences, forward_context)
+
+    def record_routes(self, sequences: Sequence[LossSequence]) -> tuple[list[Tensor], list[Tensor]]:
+        """As `compute_logprobs` without routes, and the routes of each sequence."""
+        assert self._routing is not None, "algorithm.routing_replay is none"
+        if not sequences:
+            return [], []
+        with self._routing.recording(sequences) as (forward_context, routes):
+            logprobs = self._forward_logprobs(sequences, forward_context)
+        return logprobs, routes
+
+    def routing_disagreement(self) -> float:
+        """Of the latest pass with routes: the share of (token, MoE layer) with a route that is
+        another set of experts than the router's own choice; NaN without routes."""
+        assert self._routing is not None, "algorithm.routing_replay is none"
+        return self._routing.disagreement()
+
+    @torch.no_grad()
+    def _forward_logprobs(
+        self, sequences: Sequence[LossSequence], forward_context: ForwardContext | None
+    ) -> list[Tensor]:
         budget = self._batch.tokens_per_logprob_batch or 2 * self._batch.tokens_per_micro_batch
         micro_batches = plan_rank_micro_batches(sequences, self._schedule, budget)
         offsets = [0]
@@ -152,17 +179,24 @@ class Policy:
 
         for model in self._models:
             model.eval()
-        run_schedule(self._schedule, micro_batches, collect, forward_only=True)
+        run_schedule(
+            self._schedule,
+            micro_batches,
+            collect,
+            forward_only=True,
+            forward_context=forward_context,
+        )
         for model in self._models:
             model.train()
         _all_reduce(flat, dist.ReduceOp.SUM)
         return list(flat.split([sequence.response_length for sequence in sequences]))
 
     def compute_reference_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
-        """As `compute_logprobs`, of the reference policy; the weights are the same afterwards."""
+        """As `compute_logprobs`, of the reference policy, whose routers choose for themselves; the
+        weights are the same afterwards."""
         assert self._reference is not None, "no reference policy: algorithm.reference.coef is 0"
         with self._reference.swapped_in():
-            return self.compute_logprobs(sequences)
+            return self.compute_logprobs([replace(each, routes=None) for each in sequences])
 
     def train_step[S](
         self, sequences: Sequence[LossSequence], objective: TokenLoss[S]
@@ -182,7 +216,14 @@ class Policy:
             return objective.evaluate(logprobs, entropy.detach(), tokens, sequences)
 
         zero_gradients(self._models, self._optimizer)
-        parts = run_schedule(self._schedule, micro_batches, compute, forward_only=False)
+        with self._replaying(sequences, backward=True) as forward_context:
+            parts = run_schedule(
+                self._schedule,
+                micro_batches,
+                compute,
+                forward_only=False,
+                forward_context=forward_context,
+            )
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
@@ -195,6 +236,14 @@ class Policy:
             self.updates += 1
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
+
+    def _replaying(
+        self, sequences: Sequence[LossSequence], *, backward: bool
+    ) -> AbstractContextManager[ForwardContext | None]:
+        if sequences[0].routes is None:
+            return nullcontext()
+        assert self._routing is not None, "routes, but algorithm.routing_replay is none"
+        return self._routing.replaying(sequences, backward=backward)
 
     def write_weights(self, view: Callable[[str], Tensor]) -> None:
         """Write the model into full Hugging Face tensors; on return all ranks have written."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,9 @@ LocalTokens = dict[str, Tensor]
 
 MicroBatchFunction = Callable[[MicroBatch, LocalTokens, Tensor, Tensor], tuple[Tensor | None, Any]]
 """(micro-batch, local tokens, logprobs, entropy) -> (loss to differentiate or None, result)."""
+
+ForwardContext = Callable[[torch.nn.Module, MicroBatch], AbstractContextManager[None]]
+"""(pipeline chunk, micro-batch) -> what surrounds the chunk's forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ def run_schedule(
     function: MicroBatchFunction,
     *,
     forward_only: bool,
+    forward_context: ForwardContext | None = None,
 ) -> list[Any]:
     """Results of `function` for each micro-batch; empty but on the last pipeline stage.
 
@@ -96,7 +101,7 @@ def run_schedule(
     iterators = [iter(micro_batches) for _ in schedule.models]
     rows, length = micro_batches[0].input_ids.shape
     results: list[Any] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, schedule, function, scale),
+        forward_step_func=partial(_forward_step, schedule, function, scale, forward_context),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=schedule.models if len(schedule.models) > 1 else schedule.models[0],
         num_microbatches=len(micro_batches),
@@ -111,21 +116,23 @@ def _forward_step(
     schedule: Schedule,
     function: MicroBatchFunction,
     scale: int,
+    forward_context: ForwardContext | None,
     iterator: Iterator[MicroBatch],
     model: torch.nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
     """Megatron's forward_step_func."""
     batch = next(iterator)
     local = _local_tokens(batch, schedule.info)
-    output = model(
-        local["input_ids"],
-        local["position_ids"],
-        None,
-        labels=local["targets"],
-        packed_seq_params=_packed_seq_params(batch),
-        output_processor=chunked_logprobs,
-        output_processor_context=schedule.logprobs,
-    )
+    with forward_context(model, batch) if forward_context else nullcontext():
+        output = model(
+            local["input_ids"],
+            local["position_ids"],
+            None,
+            labels=local["targets"],
+            packed_seq_params=_packed_seq_params(batch),
+            output_processor=chunked_logprobs,
+            output_processor_context=schedule.logprobs,
+        )
 
     def loss_func(output: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Megatron's loss_func; the 3-tuple keeps it from scaling by the context parallel size."""

@@ -1,4 +1,4 @@
-"""Rollouts from rank 0 to every rank, as two flat tensors."""
+"""Rollouts from rank 0 to every rank, as three flat tensors."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,16 @@ def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequ
     Args:
         sequences: as sampled, before old log-probs; read on rank 0 only.
     """
-    integers = floats = None
+    integers = floats = routes = None
     if dist.get_rank() == 0:
         assert sequences is not None
-        integers, floats = _flatten(sequences)
-    return _unflatten(_broadcast(integers, torch.int64), _broadcast(floats, torch.float32))
+        integers, floats, routes = _flatten(sequences)
+    return _unflatten(
+        _broadcast(integers, torch.int64),
+        _broadcast(floats, torch.float32),
+        # As bytes: neither gloo nor NCCL has int16.
+        _broadcast(routes, torch.uint8).view(torch.int16),
+    )
 
 
 def share_integer(value: int) -> int:
@@ -28,8 +33,11 @@ def share_integer(value: int) -> int:
     return int(_broadcast(torch.tensor([value]), torch.int64)[0])
 
 
-def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor]:
-    header = [len(sequences)]
+def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor, Tensor]:
+    routes = [s.routes for s in sequences if s.routes is not None]
+    assert len(routes) in (0, len(sequences)), "all sequences have routes, or none"
+    layers, top_k = routes[0].shape[1:] if routes else (0, 0)
+    header = [len(sequences), layers, top_k]
     for s in sequences:
         header += [s.group, len(s.prompt_ids), len(s.response_ids), s.truncated]
     tokens = [part for s in sequences for part in (s.prompt_ids, s.response_ids)]
@@ -37,16 +45,23 @@ def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor]:
     return (
         torch.cat([torch.tensor(header), *tokens]),
         torch.cat([advantages, *(s.rollout_logprobs for s in sequences)]),
+        torch.cat([torch.zeros(0, dtype=torch.int16), *(r.flatten() for r in routes)]).view(
+            torch.uint8
+        ),
     )
 
 
-def _unflatten(integers: Tensor, floats: Tensor) -> list[TrainSequence]:
-    count = int(integers[0])
-    header, tokens = integers[1:].split([4 * count, len(integers) - 1 - 4 * count])
+def _unflatten(integers: Tensor, floats: Tensor, routes: Tensor) -> list[TrainSequence]:
+    count, layers, top_k = integers[:3].tolist()
+    header, tokens = integers[3:].split([4 * count, len(integers) - 3 - 4 * count])
     rows = header.view(count, 4).tolist()
     token_parts = iter(tokens.split([size for row in rows for size in row[1:3]]))
     advantages, logprobs = floats.split([count, len(floats) - count])
     logprob_parts = logprobs.split([row[2] for row in rows])
+    route_parts: Sequence[Tensor | None] = [None] * count
+    if layers:
+        lengths = [prompt + response for _, prompt, response, _ in rows]
+        route_parts = routes.view(-1, layers, top_k).split(lengths)
     return [
         TrainSequence(
             group=group,
@@ -55,9 +70,10 @@ def _unflatten(integers: Tensor, floats: Tensor) -> list[TrainSequence]:
             rollout_logprobs=values,
             advantage=advantage,
             truncated=bool(truncated),
+            routes=own,
         )
-        for (group, _, _, truncated), advantage, values in zip(
-            rows, advantages.tolist(), logprob_parts, strict=True
+        for (group, _, _, truncated), advantage, values, own in zip(
+            rows, advantages.tolist(), logprob_parts, route_parts, strict=True
         )
     ]
 

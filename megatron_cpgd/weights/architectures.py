@@ -77,6 +77,13 @@ class Decoder:
     prediction_layers: int = 0
     """Layers behind the last one that predict further tokens; not trained, not computed."""
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """Places of the layers with experts."""
+        if self.experts is None:
+            return []
+        return [i for i in range(self.layers) if i not in self.experts.dense_layers]
+
 
 def llama(config: HfConfig) -> Decoder:
     """Llama 3."""

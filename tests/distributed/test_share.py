@@ -11,7 +11,12 @@ pytestmark = pytest.mark.distributed
 
 
 def sequence(
-    group: int, prompt: list[int], response: list[int], advantage: float, truncated: bool = False
+    group: int,
+    prompt: list[int],
+    response: list[int],
+    advantage: float,
+    truncated: bool = False,
+    routes: list[list[list[int]]] | None = None,
 ) -> TrainSequence:
     return TrainSequence(
         group=group,
@@ -20,6 +25,7 @@ def sequence(
         rollout_logprobs=-torch.arange(len(response)) - 0.25,
         advantage=advantage,
         truncated=truncated,
+        routes=None if routes is None else torch.tensor(routes, dtype=torch.int16),
     )
 
 
@@ -28,6 +34,10 @@ BATCHES = {
         sequence(0, [7, 2**40], [3, 1, 4], -1.5, truncated=True),
         sequence(0, [7, 2**40], [], 0.0),
         sequence(3, [9], [5], 0.75),
+    ],
+    "with routes": [
+        sequence(0, [7, 8], [3], 0.5, routes=[[[0, 300]], [[-1, -1]], [[2, 1]]]),
+        sequence(1, [9], [], 0.5, routes=[[[4, 5]]]),
     ],
     "every response empty": [sequence(0, [1], [], 0.5), sequence(1, [2, 3], [], -0.5)],
     "no sequence": [],
@@ -45,6 +55,7 @@ def test_every_rank_gets_rank_0s_sequences(name):
                 torch.testing.assert_close(
                     getattr(ours, field), getattr(theirs, field), rtol=0, atol=0
                 )
+            torch.testing.assert_close(ours.routes, theirs.routes, rtol=0, atol=0)
 
 
 # 0.1 has no float32: were rank 0 to keep its double, ranks would train on different advantages.

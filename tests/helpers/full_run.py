@@ -20,14 +20,18 @@ ROOT = Path(__file__).parents[2]
 _LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
-def write_assets(folder: Path) -> Path:
-    """model/ with random weights, train.jsonl (24 problems) and heldout.jsonl (8)."""
+def write_assets(folder: Path, experts: int = 0) -> Path:
+    """model/ with random weights, train.jsonl (24 problems) and heldout.jsonl (8).
+
+    Args:
+        experts: of each layer; 0: the model is dense.
+    """
     from megatron_cpgd.demo.arithmetic import split_problems
     from megatron_cpgd.demo.tokenizer import build_tokenizer
     from megatron_cpgd.demo.warmup import build_model
 
     tokenizer = build_tokenizer(max_length=64)
-    build_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    build_model(tokenizer, seed=0, experts=experts).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     problems = split_problems(random.Random(0), train=24, heldout=8, hard_share=0.5)
     for name, part in (("train", problems.train), ("heldout", problems.heldout)):

@@ -3,17 +3,21 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.demo.tokenizer import build_tokenizer
+from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling, stream_seeds
 from megatron_cpgd.sampler import Prompts, Sampler
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.timer import StepTimer
-from megatron_cpgd.types import Rollout
+from megatron_cpgd.types import Rollout, RouteLayout, Routes
+from tests.helpers.tiny import save_tiny_model
 
 PROMPTS = 5
 MAX_TOKENS = 4
@@ -34,6 +38,8 @@ class ScriptedEngine:
         self.seeds: list[list[int]] = []
         """Of every response, one list per call."""
         self.versions: list[int] = []
+        self.routed = [0, 2]
+        """Layers of the model with experts."""
 
     def generate(
         self,
@@ -47,7 +53,19 @@ class ScriptedEngine:
         first = stream_seeds(sampling, len(prompts), seeds)
         self.seeds.append([seed + i for seed in first for i in range(sampling.n)])
         self.versions.append(version)
-        return [[self._rollout(text, version) for text in next(self._script)] for _ in prompts]
+        groups = [[self._rollout(text, version) for text in next(self._script)] for _ in prompts]
+        if not sampling.return_routes:
+            return groups
+        return [
+            [replace(each, routes=self._routes(len(prompt + each.token_ids))) for each in group]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def _routes(self, tokens: int) -> Routes:
+        """Token t goes to the experts 2 * t and 2 * t + 1 in both layers."""
+        experts = bytes(2 * t + i for t in range(tokens - 1) for _ in self.routed for i in (0, 1))
+        layout = RouteLayout(layers=self.routed, top_k=2, num_experts=64)
+        return Routes(layout=layout, experts=experts)
 
     def _rollout(self, text: str, version: int) -> Rollout:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -74,14 +92,14 @@ def assets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(assets) -> Iterator:
-    """start(script, prompts per step, **algorithm) -> (sampler, engine, prompt stream)."""
+    """start(script, prompts per step, model, **algorithm) -> (sampler, engine, prompt stream)."""
     with ExitStack() as stack:
 
-        def build(script, per_step=2, **algorithm):
+        def build(script, per_step=2, model=assets, **algorithm):
             config = ExperimentConfig.model_validate(
                 {
                     "run": {"dir": "unused", "steps": 1, "seed": 3},
-                    "model": {"path": assets},
+                    "model": {"path": model, "tokenizer": assets},
                     "data": {"path": assets / "train.jsonl"},
                     "rollout": {
                         "prompts_per_step": per_step,
@@ -209,6 +227,35 @@ def test_whitening_sees_only_what_is_trained_on(start):
 def test_the_trainer_is_told_which_responses_were_cut(start):
     sampler, _, _ = start([["1111", "0"], ["0", "1"]])
     assert [s.truncated for s in train_sequences(sample(sampler))] == [True, False, False, False]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """A model whose layers 0 and 2 have experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    save_tiny_model(folder, "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    return folder
+
+
+def test_the_routes_of_the_engine_are_those_of_the_trainers_tokens(start, experts):
+    sampler, _, _ = start([FIRST, SECOND], model=experts, routing_replay="rollout")
+    for sequence in train_sequences(sample(sampler)):
+        length = sequence.length
+        assert sequence.routes.shape == (length, 2, 2) and sequence.routes.dtype == torch.int16
+        assert sequence.routes[:-1, 1, 0].tolist() == list(range(0, 2 * length - 2, 2))
+        assert sequence.routes[-1].unique().tolist() == [-1]  # was never fed
+
+
+def test_routes_of_other_layers_than_the_trainers_are_refused(start, experts):
+    sampler, engine, _ = start([FIRST, SECOND], model=experts, routing_replay="rollout")
+    engine.routed = [0, 1]
+    with pytest.raises(RolloutError, match=r"expected routes of the layers \[0, 2\]"):
+        sample(sampler)
+
+
+def test_nobody_asks_for_routes_that_are_not_replayed(start):
+    sampler, _, _ = start([FIRST, SECOND])
+    assert {sequence.routes for sequence in train_sequences(sample(sampler))} == {None}
 
 
 SCRIPT = [EASY, FIRST, HARD, SECOND, FIRST, SECOND, HARD, EASY, THIRD, FIRST, EASY, FIRST] * 2

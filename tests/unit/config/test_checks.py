@@ -4,6 +4,7 @@ import pytest
 
 from megatron_cpgd.config.checks import check_config, check_passthrough
 from megatron_cpgd.config.load import read_config
+from tests.helpers.valid_run import write_model_folder
 
 
 def problems_of(path: Path, *overrides: str) -> list[str]:
@@ -21,6 +22,8 @@ CLIP = "algorithm.clip={type: constant}"
 ONE_RESPONSE = "rollout.samples_per_prompt=1"
 TIS = "algorithm.correction={type: truncate}"
 OLD_SAMPLER = "algorithm.old_policy=sampler"
+R2 = "algorithm.routing_replay=old_policy"
+R3 = "algorithm.routing_replay=rollout"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
 
 
@@ -188,6 +191,28 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
 )
 def test_the_way_out_that_a_message_offers_is_accepted(run_yaml, overrides):
     assert problems_of(run_yaml, *overrides) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([R2, OLD_SAMPLER], f"{R2} replays the pass that computes old log-probs"),
+        ([R2, ONE_STEP, NO_CLIP, NO_DRIFT], f"{R2} does nothing: with one optimizer step"),
+        ([R3, "model.megatron={moe_router_fusion: true}"], "model.megatron.moe_router_fusion=True"),
+        ([R2, "model.megatron={cuda_graph_impl: local}"], "model.megatron.cuda_graph_impl=local"),
+        ([R2], None),
+        ([R2, ONE_STEP, "algorithm.epochs=2"], None),
+        ([R3, OLD_SAMPLER], None),
+        ([R3, ONE_STEP, NO_CLIP, NO_DRIFT], None),
+        ([R3, "model.megatron={cuda_graph_impl: none}"], None),
+        (["model.megatron={moe_router_fusion: true}"], None),
+    ],
+)
+def test_what_cannot_replay_routes_is_named(run_yaml, overrides, start):
+    experts = {"num_experts": 8, "moe_intermediate_size": 32}
+    folder = write_model_folder(run_yaml.parent / "experts", **experts)
+    problems = problems_of(run_yaml, f"model.path={folder}", *overrides)
+    assert [problem.startswith(start) for problem in problems] == [True] * (start is not None)
 
 
 def test_a_data_file_of_another_kind_is_refused(run_yaml):

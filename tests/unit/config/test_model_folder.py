@@ -70,7 +70,9 @@ def test_experts_under_tensor_parallel_need_sequence_parallel(check):
     assert problem.startswith("parallel.sequence_parallel=false: with tp=2 the experts of ")
 
 
-@pytest.mark.parametrize("setting", ["parallel.ep=2", "parallel.etp=2"])
+@pytest.mark.parametrize(
+    "setting", ["parallel.ep=2", "parallel.etp=2", "algorithm.routing_replay=rollout"]
+)
 def test_a_setting_of_experts_is_refused_for_a_dense_model(check, setting):
     (problem,) = check(setting)
     assert problem.startswith(f"{setting}: ") and "has no experts" in problem

@@ -1,17 +1,19 @@
 """The folder that the demo trains from; a two-step warm-up stands for the real one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_cpgd.config.load import load_config
 from megatron_cpgd.demo.arithmetic import Problem
 from megatron_cpgd.demo.assets import STAMP, make_assets
 from megatron_cpgd.demo.model import accuracy
-from megatron_cpgd.demo.recipe import Recipe, WarmupSettings
+from megatron_cpgd.demo.recipe import DENSE, MOE, Recipe, WarmupSettings
 from megatron_cpgd.demo.warmup import respond
 from megatron_cpgd.errors import DataError
 
@@ -24,6 +26,13 @@ RECIPE = Recipe(
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "assets"
     assert make_assets(folder, RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe_assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "moe_assets"
+    assert make_assets(folder, replace(RECIPE, experts=8))
     return folder
 
 
@@ -46,6 +55,29 @@ def test_generation_stops_at_the_end_token_of_the_chat_template(assets):
     generation = GenerationConfig.from_pretrained(assets / "model")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert generation.eos_token_id == tokenizer.eos_token_id == end != generation.pad_token_id
+
+
+def test_experts_are_saved_under_the_names_of_released_checkpoints(moe_assets):
+    stored = load_file(moe_assets / "model" / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    experts = {name: shape for name, shape in shapes.items() if ".experts." in name}
+    assert experts == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": (64, 64)
+        for layer in range(2)
+        for expert in range(8)
+        for part in ("gate", "up", "down")
+    }
+    assert shapes["model.layers.0.mlp.gate.weight"] == (8, 64)
+
+
+def test_a_mixture_of_experts_differs_from_the_dense_demo_in_its_layers_only(assets, moe_assets):
+    assert replace(MOE, experts=0) == DENSE
+    for name in ("train.jsonl", "heldout.jsonl", "model/tokenizer.json"):
+        assert (assets / name).read_bytes() == (moe_assets / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(moe_assets / "model")
+    tokenizer = AutoTokenizer.from_pretrained(moe_assets / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert len(respond(model, tokenizer, ["37+58=", "62-37="], greedy=True)) == 2
 
 
 def test_rows_hold_prompts_and_right_answers(assets):
@@ -104,14 +136,16 @@ def test_accuracy_counts_what_follows_the_last_equals_sign():
     assert accuracy(["80+15=95", "80+15=85", "95", "80=1=95"], problems) == 0.5
 
 
-def test_demo_config_fits_the_model_and_the_data(assets, tmp_path, monkeypatch):
-    config_file = Path(__file__).parents[3] / "configs" / "demo.yaml"
+@pytest.mark.parametrize("demo", ["demo", "demo_moe"])
+def test_demo_config_fits_the_model_and_the_data(demo, assets, moe_assets, tmp_path, monkeypatch):
+    config_file = Path(__file__).parents[3] / "configs" / f"{demo}.yaml"
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo_assets").symlink_to(assets, target_is_directory=True)
+    (tmp_path / "runs" / "demo_moe_assets").symlink_to(moe_assets, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     config = load_config(config_file)
     # The whole demo draws every prompt at most once.
-    assert config.run.steps * config.rollout.prompts_per_step <= Recipe().train
+    assert config.run.steps * config.rollout.prompts_per_step <= DENSE.train
     # A mini-batch of the longest sequences is one micro-batch.
     groups = config.rollout.prompts_per_step // config.algorithm.mini_batches
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens

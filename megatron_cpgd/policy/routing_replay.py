@@ -1,0 +1,252 @@
+"""Which experts the tokens go to: the routers' own choice, or routes that were recorded before.
+
+Upstream's router leaves the top-k to an object in its place `router_replay`, if there is one
+(megatron/core/transformer/moe/router_replay.py). Upstream keeps those of all models in one list;
+ours belong to a chunk and know their layer, so that pipeline stages and other models are safe.
+
+Replay fixes the choice alone: the gates come from the live scores of the chosen experts, so the
+router keeps its gradient (arXiv:2510.11370).
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cpgd.data.packing import token_index
+from megatron_cpgd.policy import device
+from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.policy.schedule import ForwardContext, local_positions
+from megatron_cpgd.types import LossSequence, MicroBatch
+
+PIECE_BYTES = 64 << 20
+"""Recorded routes are summed over the ranks so many bytes at a time."""
+
+TopK = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
+
+
+class LayerRouting:
+    """The top-k of one router, where upstream has its `RouterReplay`."""
+
+    def __init__(self, column: int) -> None:
+        """
+        Args:
+            column: of this layer among all MoE layers of the model.
+        """
+        self.column = column
+        self.choose: Callable[[Tensor], Tensor] | None = None
+        """[tokens, top_k] of the router's own choice -> the experts to take; None: those."""
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: TopK,
+    ) -> tuple[Tensor, Tensor]:
+        """Upstream's name: scores [tokens, experts] -> scores and numbers [tokens, top_k]."""
+        with torch.no_grad():
+            _, experts = default_compute_topk(scores, topk, num_groups, group_topk)
+            if self.choose is not None:
+                experts = self.choose(experts)
+            # The best first, as upstream has them where gradients are computed. The gates are
+            # normalised in this order: in another one a replay would differ in the last bit.
+            experts = experts.sort(dim=1).values
+            order = scores.gather(1, experts).argsort(dim=1, descending=True, stable=True)
+            experts = experts.gather(1, order)
+        return scores.gather(1, experts), experts
+
+
+class LayerReplay:
+    """The routes of one layer during one pass over a batch, instead of the router's choice."""
+
+    def __init__(self, disagreement: Tensor) -> None:
+        """
+        Args:
+            disagreement: [2] int64; forward passes add the routes that are not the router's own
+                choice, and all of them.
+        """
+        self._disagreement = disagreement
+        self._forward: Tensor | None = None
+        self._backward: deque[Tensor] = deque()
+        self.forwards = 0
+        self.recomputed = 0
+
+    def start_forward(self, routes: Tensor, *, backward: bool) -> None:
+        """The next choice is that of a micro-batch's forward pass.
+
+        Args:
+            routes: [tokens, top_k], -1 where there is none.
+            backward: a backward pass follows, which may recompute the layer. In every schedule a
+                chunk's backward passes have the order of its forward passes.
+        """
+        assert self._forward is None, "the forward pass before has left its routes"
+        self._forward = routes
+        self.forwards += 1
+        if backward:
+            self._backward.append(routes)
+
+    def __call__(self, own: Tensor) -> Tensor:
+        """`LayerRouting.choose`."""
+        recomputes = self._forward is None
+        routes = self._backward.popleft() if recomputes else self._forward
+        self._forward = None
+        self.recomputed += recomputes
+        assert routes is not None and routes.shape == own.shape
+        routes = routes.to(own)
+        known = (routes >= 0).all(dim=1)
+        if not recomputes:
+            differs = (routes.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
+            self._disagreement += torch.stack([(differs & known).sum(), known.sum()])
+        return torch.where(known[:, None], routes, own)
+
+    def finish(self) -> None:
+        """The pass is over: every forward pass took its routes, every recomputation too."""
+        assert self._forward is None, "the last forward pass has left its routes"
+        assert self.recomputed in (0, self.forwards), f"{self.recomputed=} {self.forwards=}"
+
+
+class RoutingReplay:
+    """The routers of this rank's pipeline chunks."""
+
+    def __init__(
+        self, models: Sequence[torch.nn.Module], config: TransformerConfig, info: ParallelInfo
+    ) -> None:
+        """Take over the choice of every router."""
+        assert isinstance(config.moe_layer_freq, list) and config.moe_router_topk is not None
+        moe_layers = [i for i, has_experts in enumerate(config.moe_layer_freq) if has_experts]
+        self._shape = (len(moe_layers), config.moe_router_topk)
+        self._info = info
+        self._disagreement = torch.zeros(2, dtype=torch.int64, device=device.current())
+        self._layers: dict[torch.nn.Module, list[LayerRouting]] = {}
+        for model in models:
+            self._layers[model] = []
+            for module in model.modules():
+                if isinstance(module, TopKRouter):
+                    assert module.layer_number is not None  # counts from 1 over all layers
+                    routing = LayerRouting(moe_layers.index(module.layer_number - 1))
+                    module.router_replay = routing
+                    self._layers[model].append(routing)
+
+    @contextmanager
+    def replaying(
+        self, sequences: Sequence[LossSequence], *, backward: bool
+    ) -> Iterator[ForwardContext]:
+        """A pass whose tokens go where `LossSequence.routes` says, without one as the router says.
+
+        Yields the context of each forward pass.
+        """
+        self._disagreement.zero_()
+        replays = {routing: LayerReplay(self._disagreement) for routing in self._routings()}
+
+        @contextmanager
+        def forward(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
+            routings = self._layers[model]
+            columns = [routing.column for routing in routings]
+            routes = self._local_routes(batch, sequences, columns)
+            for routing, own in zip(routings, routes.unbind(1), strict=True):
+                replays[routing].start_forward(own, backward=backward)
+            yield
+
+        with _choosing(replays):
+            yield forward
+        for replay in replays.values():
+            replay.finish()
+
+    @contextmanager
+    def recording(
+        self, sequences: Sequence[LossSequence]
+    ) -> Iterator[tuple[ForwardContext, list[Tensor]]]:
+        """A pass without backward whose routers choose freely. Collective over the world.
+
+        Yields the context of each forward pass, and a list that gets the routes of each sequence
+        at the end: [L, MoE layers, top_k] int16, on every rank.
+        """
+        lengths = [sequence.length for sequence in sequences]
+        starts = [0, *accumulate(lengths)]
+        flat = torch.zeros(starts[-1], *self._shape, dtype=torch.int16)
+        chosen: dict[LayerRouting, Tensor] = {}
+
+        @contextmanager
+        def forward(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
+            yield
+            routings = self._layers[model]
+            if not routings:
+                return
+            rows = self._local_order(token_index(batch, starts), batch)
+            real = rows >= 0
+            experts = torch.stack([chosen.pop(routing) for routing in routings], dim=1)
+            columns = torch.tensor([routing.column for routing in routings])
+            flat[rows[real, None], columns] = experts.to("cpu", torch.int16)[real]
+
+        def keep(routing: LayerRouting, own: Tensor) -> Tensor:
+            chosen[routing] = own
+            return own
+
+        routes: list[Tensor] = []
+        with _choosing({routing: partial(keep, routing) for routing in self._routings()}):
+            yield forward, routes
+        # A token of a layer has one owner: a sum of bytes with zeros brings it to all ranks.
+        for piece in flat.view(-1).view(torch.uint8).split(PIECE_BYTES):
+            moved = piece.to(device.current())
+            dist.all_reduce(moved)
+            piece.copy_(moved)
+        routes += flat.split(lengths)
+
+    def disagreement(self) -> float:
+        """Of the latest replay: share of (token, layer) with a route that is another set of experts
+        than the router's own choice; NaN without routes. Collective over the world."""
+        counts = self._disagreement.clone()
+        dist.all_reduce(counts)
+        differing, all_routes = counts.tolist()
+        return differing / all_routes if all_routes else math.nan
+
+    def _routings(self) -> list[LayerRouting]:
+        return [routing for routings in self._layers.values() for routing in routings]
+
+    def _local_routes(
+        self, batch: MicroBatch, sequences: Sequence[LossSequence], columns: list[int]
+    ) -> Tensor:
+        """[tokens, columns, top_k] of the tokens that this rank's routers see, in their order."""
+        parts, starts, total = [], {}, 0
+        for i in batch.indices:
+            if i < 0:  # filling
+                continue
+            routes = sequences[i].routes
+            assert routes is not None and routes.shape == (sequences[i].length, *self._shape)
+            parts.append(routes[:, columns])
+            starts[i] = total
+            total += len(routes)
+        none = torch.full((1, len(columns), self._shape[1]), -1, dtype=torch.int16)
+        rows = self._local_order(token_index(batch, starts), batch)
+        return torch.cat([*parts, none])[rows].to(device.current())  # padding: -1, the last row
+
+    def _local_order(self, values: Tensor, batch: MicroBatch) -> Tensor:
+        """[B, S] of a micro-batch -> [tokens] in the order in which this rank's routers see them.
+
+        Hidden states are [S / cp, B, H], and with sequence parallelism cut along S over TP.
+        """
+        local = values[:, local_positions(batch, self._info)].T
+        if self._info.sequence_parallel:
+            local = local.chunk(self._info.tp_size)[self._info.tp_rank]
+        return local.reshape(-1)
+
+
+@contextmanager
+def _choosing(choices: Mapping[LayerRouting, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    for routing, choose in choices.items():
+        routing.choose = choose
+    try:
+        yield
+    finally:
+        for routing in choices:
+            routing.choose = None
