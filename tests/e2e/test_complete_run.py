@@ -61,12 +61,19 @@ def test_each_step_has_one_row_and_every_documented_metric(rows):
         name.replace("eval/<name>", "eval/heldout").replace("<name>", "format")
         for name in re.findall(r"^\| `([a-z]+/[^`]+)` \|", text, flags=re.MULTILINE)
     }
-    # No step was skipped or collapsed; no correction, rejection, mask or balanced clip is set.
+    # No step was skipped or collapsed; no correction, rejection, mask, balanced clip or replay is
+    # set.
     absent = {"policy/skipped_reason", "policy/clip_low", "policy/clip_high"} | {
         name
         for name in documented
         if name.startswith(
-            ("rollout/correction_", "rollout/rejected_", "rollout/masked_", "stability/")
+            (
+                "rollout/correction_",
+                "rollout/rejected_",
+                "rollout/masked_",
+                "routing/",
+                "stability/",
+            )
         )
     }
     assert names == documented - absent

@@ -1,4 +1,8 @@
-"""A run that trains on the routes of vLLM: two expert-parallel ranks, two steps, two epochs."""
+"""Runs that train on the routes of vLLM."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +13,13 @@ from tests.helpers.tiny_moe_engine import moe_config
 
 pytestmark = pytest.mark.slow
 
+Rows = list[dict[str, Any]]
+
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = write_assets(tmp_path_factory.mktemp("assets"))
+def train(tmp_path_factory) -> Callable[..., Rows]:
+    """train(name, **sections over those of a usual run) -> the row of every step."""
+    folder: Path = write_assets(tmp_path_factory.mktemp("assets"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     torch.manual_seed(0)
     config = moe_config(
@@ -23,18 +30,47 @@ def rows(tmp_path_factory):
         pad_token_id=tokenizer.pad_token_id,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
-    content = settings(folder)
-    content["run"] = {"steps": 2, "dir": str(folder / "run")}
-    content["parallel"] = {"dp": 2, "ep": 2}
-    content["algorithm"]["routing_replay"] = "rollout"
-    finished = run_cli("train", write_yaml(folder / "run.yaml", content), folder=folder)
-    assert finished.code == 0, finished.err
-    return read_rows(folder / "run" / "metrics.jsonl")
+
+    def run(name: str, **sections: dict[str, Any]) -> Rows:
+        content = settings(folder)
+        content["run"] = {"steps": 2, "dir": str(folder / name)}
+        for section, values in sections.items():
+            content[section] = content[section] | values
+        finished = run_cli("train", write_yaml(folder / f"{name}.yaml", content), folder=folder)
+        assert finished.code == 0, finished.err
+        return read_rows(folder / name / "metrics.jsonl")[1:]
+
+    return run
 
 
 # Both compute in fp32 with the same weights: a route in a wrong place would show at once.
-def test_the_trainers_routers_agree_with_the_replayed_routes(rows):
-    for row in rows[1:]:
+def test_the_trainers_routers_agree_with_the_replayed_routes(train):
+    layout = {"tp": 1, "dp": 2, "ep": 2}
+    for row in train("fp32", parallel=layout, algorithm={"routing_replay": "rollout"}):
         assert row["routing/disagreement"] == 0
         assert row["rollout/logprob_abs_diff_max"] < 1e-4
         assert row["policy/optimizer_steps"] == 4
+
+
+def test_in_bf16_replay_takes_the_routing_out_of_the_mismatch(train):
+    rows = {
+        replay: train(
+            replay,
+            parallel={"tp": 1},
+            precision={"train": "bf16"},
+            rollout={"prompts_per_step": 24, "samples_per_prompt": 8, "max_response_tokens": 40},
+            algorithm={"routing_replay": replay},
+            optim={"lr": 1e-4},
+        )
+        for replay in ("none", "rollout")
+    }
+    names = ["routing/disagreement"]
+    names += [
+        f"rollout/{name}" for name in ("logprob_abs_diff_mean", "logprob_abs_diff_max", "kl_k3")
+    ]
+    for replay, steps in rows.items():
+        print(replay, [[step.get(name) for name in names] for step in steps])
+    for free, replayed in zip(rows["none"], rows["rollout"], strict=True):
+        assert 0 < replayed["routing/disagreement"] < 0.05
+        for name in names[2:]:
+            assert replayed[name] < 0.3 * free[name]
