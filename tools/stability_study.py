@@ -1,15 +1,16 @@
 """Compare algorithms and settings over seeds: which ones learn, and which ones collapse.
 
-    python tools/stability_study.py run configs/stability_study.yaml --out runs/study --workers 2
-    python tools/stability_study.py status configs/stability_study.yaml --out runs/study
-    python tools/stability_study.py report configs/stability_study.yaml --out runs/study
+    python tools/stability_study.py run configs/stability_study.yaml --out runs/stability_study
+    python tools/stability_study.py status configs/stability_study.yaml --out runs/stability_study
+    python tools/stability_study.py report configs/stability_study.yaml --out runs/stability_study
 
 Every run is a complete training (Megatron-Core trainer, vLLM sampler) of its own; a worker process
 makes one after the other on one engine. The same `run` again makes only what is missing or was
 changed in the study file. Ctrl-C or SIGTERM stops; at most one run per worker is lost.
 
 `report` collects the runs into docs/stability_study/*.csv and writes docs/stability_study.md with
-its plots. Without --out it writes the report from the tables that are there.
+its plots; another study file gives a page of its own name. Without --out it writes the report from
+the tables that are there.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--docs",
         type=Path,
         default=Path("docs"),
-        help="gets stability_study.md and stability_study/ (default: docs)",
+        help="gets STUDY.md and STUDY/, named like the study file (default: docs)",
     )
     return parser
 
@@ -96,7 +97,7 @@ def _report(arguments: argparse.Namespace, study: Study) -> int:
     from megatron_cpgd.study.report import write_report
     from megatron_cpgd.study.tables import collect_tables
 
-    tables = arguments.docs / "stability_study"
+    tables = arguments.docs / study.page
     if arguments.out is not None:
         collect_tables(study, plan_runs(study, arguments.out), tables)
     _say(f"wrote {write_report(study, arguments.docs)}")

@@ -1,4 +1,4 @@
-"""docs/stability_study.md: made from the tables and the study file alone, bit by bit the same."""
+"""The page of a study: made from the tables and the study file alone, bit by bit the same."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,6 @@ from megatron_cpgd.study.intervals import Interval, mean_interval, rate_interval
 from megatron_cpgd.study.plots import draw_figures, paired_differences
 from megatron_cpgd.study.spec import Arm, Question, Settings, Study, format_settings
 from megatron_cpgd.study.tables import RunRow, Tables, read_tables
-
-NAME = "stability_study"
 
 _METHOD = """\
 ## How to read it
@@ -38,12 +36,12 @@ _METHOD = """\
 
 
 def write_report(study: Study, docs: Path) -> Path:
-    """Write the plots and the report from the tables in `docs/stability_study/`.
+    """Write the plots and the report from the tables in `docs/<page>/`.
 
     Raises:
         DataError: a table is missing.
     """
-    folder = docs / NAME
+    folder = docs / study.page
     tables = read_tables(folder)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -52,7 +50,7 @@ def write_report(study: Study, docs: Path) -> Path:
         parts.append(f"## Findings\n\n{study.spec.findings.strip()}\n")
     parts += [_section(study, question, tables, folder) for question in study.questions]
     parts.append(_missing(study, tables))
-    path = docs / f"{NAME}.md"
+    path = docs / f"{study.page}.md"
     write_text_atomic(path, "\n".join(part for part in parts if part))
     return path
 
@@ -62,6 +60,7 @@ def _header(study: Study, tables: Tables) -> str:
     hours = sum(run.seconds for run in tables.runs) / 3600
     collapsed = sum(run.collapsed for run in tables.runs)
     versions = ", ".join(f"{name} {_without_name(name, v)}" for name, v in tables.versions.items())
+    page = study.page
     chosen = f"\n{study.spec.chosen.strip()}\n" if study.spec.chosen else ""
     return f"""\
 # {study.spec.title}
@@ -72,13 +71,13 @@ def _header(study: Study, tables: Tables) -> str:
 Made and written by
 
 ```bash
-python tools/make_demo.py runs/demo_assets
-python tools/stability_study.py run {study.path} --out runs/study --workers 2
-python tools/stability_study.py report {study.path} --out runs/study
+{study.spec.prepare}
+python tools/stability_study.py run {study.path} --out runs/{page} --workers 2
+python tools/stability_study.py report {study.path} --out runs/{page}
 ```
 
-Without `--out`, `report` makes this page again from [{NAME}/runs.csv]({NAME}/runs.csv) (a row per
-run) and [{NAME}/steps.csv]({NAME}/steps.csv) (a row per run and step).
+Without `--out`, `report` makes this page again from [{page}/runs.csv]({page}/runs.csv) (a row per
+run) and [{page}/steps.csv]({page}/steps.csv) (a row per run and step).
 
 ## Setting
 

@@ -72,6 +72,8 @@ class StudySpec(Config):
     """Heading of the report."""
     base: Path
     """Configuration that everything lies on."""
+    prepare: str
+    """Command that makes the model and the data of `base`, for the report."""
     settings: Settings = Field(default_factory=dict)
     """What all arms change in it."""
     seeds: list[int] = Field(min_length=1)
@@ -120,6 +122,11 @@ class Study:
     spec: StudySpec
     arms: dict[str, Arm]
     questions: list[Question]
+
+    @property
+    def page(self) -> str:
+        """Name of the report and of the folder with its tables and plots: that of the file."""
+        return self.path.stem
 
     @property
     def eval_set(self) -> str:

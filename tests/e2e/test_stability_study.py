@@ -21,6 +21,7 @@ def study_file(assets: Path, tmp_path_factory) -> Path:
     base["parallel"]["tp"] = 1
     base["run"] |= {"dir": "unused", "steps": 2}
     study = {
+        "prepare": "make things",
         "name": "tiny",
         "title": "A tiny study",
         "base": str(write_yaml(folder / "base.yaml", base)),
@@ -61,11 +62,11 @@ def test_a_study_runs_once_and_is_reported(study_file):
     assert "2 of 2 runs done" in tool(study_file, "status")
     docs = study_file.parent / "docs"
     tool(study_file, "report", "--docs", str(docs))
-    tables = read_tables(docs / "stability_study")
+    tables = read_tables(docs / "study")
     assert [(row.arm, row.steps, row.outcome) for row in tables.runs] == [
         ("cpgd", 2, "finished"), ("stale", 2, "finished"),
     ]  # fmt: skip
     assert tables.curves["cpgd", 3]["logprob_diff"][1] < 1e-4
     run = study_file.parent / "out" / "runs" / "cpgd" / "seed_3"
     assert not (run / "checkpoints").exists() and not (run / "hf").exists()
-    assert "# A tiny study" in (docs / "stability_study.md").read_text()
+    assert "# A tiny study" in (docs / "study.md").read_text()

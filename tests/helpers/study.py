@@ -20,6 +20,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
     base = write_run(folder)
     content = {
         "name": "small",
+        "prepare": "make things",
         "title": "A small study",
         "base": str(base),
         "settings": {"eval.sets.held": {"path": str(folder / "train.jsonl")}},

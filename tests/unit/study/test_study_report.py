@@ -43,7 +43,7 @@ def study(make_study, tmp_path):
     for run in runs:
         if course := courses.get((run.arm.name, run.seed)):
             make_up_run(run, course)
-    collect_tables(study, runs, tmp_path / "docs" / "stability_study")
+    collect_tables(study, runs, tmp_path / "docs" / study.page)
     return study
 
 
@@ -70,27 +70,24 @@ def test_the_report_is_the_same_bit_by_bit_every_time(study, tmp_path):
     write_report(study, tmp_path / "docs")
     first = contents(tmp_path / "docs")
     assert {name for name in first if name.endswith(".png")} == {
-        "stability_study/which_curves.png",
-        "stability_study/which_outcome.png",
-        "stability_study/which_dynamics.png",
-        "stability_study/alpha_sensitivity.png",
+        "study/which_curves.png",
+        "study/which_outcome.png",
+        "study/which_dynamics.png",
+        "study/alpha_sensitivity.png",
     }
     write_report(study, tmp_path / "docs")
     assert contents(tmp_path / "docs") == first
 
 
-@pytest.mark.skipif(
-    not (ROOT / "docs/stability_study/runs.csv").exists(), reason="no study is committed"
-)
-def test_the_committed_report_comes_from_the_committed_tables(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["stability_study", "moe_study"])
+def test_the_committed_report_comes_from_the_committed_tables(page, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = load_study(Path("configs/stability_study.yaml"), to_run=False)
-    folder = tmp_path / "stability_study"
+    study = load_study(Path(f"configs/{page}.yaml"), to_run=False)
+    committed, folder = Path("docs") / page, tmp_path / page
     folder.mkdir()
-    for path in Path("docs/stability_study").glob("*.*"):
+    for path in committed.glob("*.*"):
         if path.suffix in (".csv", ".json"):
             (folder / path.name).write_bytes(path.read_bytes())
     text = write_report(study, tmp_path).read_text()
-    assert text == Path("docs/stability_study.md").read_text()
-    names = {path.name for path in Path("docs/stability_study").iterdir()}
-    assert {path.name for path in folder.iterdir()} == names
+    assert text == Path(f"docs/{page}.md").read_text()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in committed.iterdir()}
