@@ -25,7 +25,9 @@ def evaluate_model(config: ExperimentConfig, model_dir: Path, backend: Backend) 
     if not config.eval.sets:
         raise ConfigError("eval.sets: there is nothing to evaluate; name at least one set")
     model = config.model.model_copy(update={"path": model_dir, "tokenizer": None})
-    config = config.model_copy(update={"model": model})
+    # Nothing is trained, so nobody asks the engine for routes, which would cost it memory.
+    algorithm = config.algorithm.model_copy(update={"routing_replay": "none"})
+    config = config.model_copy(update={"model": model, "algorithm": algorithm})
     prompts = Prompts(config)
     with tempfile.TemporaryDirectory() as folder:
         engine = _build_engine(config, backend, Path(folder) / "engine.log")

@@ -17,10 +17,10 @@ from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
-from megatron_cpgd.policy.model import build_transformer_config, torch_dtype
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
+from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
 from megatron_cpgd.stability.detector import CollapseDetector

@@ -22,9 +22,10 @@ from megatron_cpgd.policy.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron_cpgd.policy.model import build_chunks, build_transformer_config, torch_dtype
+from megatron_cpgd.policy.model import build_chunks
 from megatron_cpgd.policy.parallel import ParallelInfo, init_model_parallel
 from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table

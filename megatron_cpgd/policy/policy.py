@@ -18,12 +18,7 @@ from megatron_cpgd.data.packing import unpack_tokens
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.checkpoint import load_checkpoint, save_checkpoint
 from megatron_cpgd.policy.logprobs import LogprobSettings
-from megatron_cpgd.policy.model import (
-    build_chunks,
-    build_transformer_config,
-    torch_dtype,
-    wrap_precision,
-)
+from megatron_cpgd.policy.model import build_chunks, wrap_precision
 from megatron_cpgd.policy.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -46,6 +41,7 @@ from megatron_cpgd.policy.schedule import (
     run_schedule,
 )
 from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable

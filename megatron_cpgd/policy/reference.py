@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
-from megatron_cpgd.policy.model import computation
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.shards import import_shard, iter_weights
+from megatron_cpgd.policy.transformer_config import computation
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
 from megatron_cpgd.weights.table import WeightTable

@@ -8,13 +8,10 @@ import torch
 import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
 from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
-from megatron_cpgd.policy import model as policy_model
-from megatron_cpgd.policy.model import (
-    FIXED_FIELDS,
-    build_transformer_config,
-    padded_vocab_size,
-    rope_parameters,
-)
+from megatron_cpgd.policy import transformer_config
+from megatron_cpgd.policy.model import padded_vocab_size
+from megatron_cpgd.policy.rope import rope_arguments, rope_parameters
+from megatron_cpgd.policy.transformer_config import FIXED_FIELDS, build_transformer_config
 
 HF = {
     "model_type": "qwen3",
@@ -158,7 +155,7 @@ def test_unknown_and_forbidden_options_are_all_named():
 
 def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypatch):
     choices_of_speed = {
-        *policy_model._FUSIONS,
+        *transformer_config._FUSIONS,
         "attention_softmax_in_fp32",
         "gradient_accumulation_fusion",
         "perform_initialization",
@@ -168,11 +165,11 @@ def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypat
     }
     given = []
 
-    class Recorder(policy_model.TransformerConfig):
+    class Recorder(transformer_config.TransformerConfig):
         def __init__(self, **fields):
             given.append(fields)
 
-    monkeypatch.setattr(policy_model, "TransformerConfig", Recorder)
+    monkeypatch.setattr(transformer_config, "TransformerConfig", Recorder)
     for recompute in ("none", "selective", "full"):
         build({}, recompute=recompute)
         assert given.pop().keys() <= FIXED_FIELDS.keys() | choices_of_speed
@@ -216,12 +213,11 @@ GLM = {
 
 
 def test_glm_rotates_half_of_each_head_unless_the_config_says_otherwise():
-    model = policy_model
-    assert model._rope_arguments(GLM)["rotary_percent"] == 0.5
-    assert model._rope_arguments(GLM | {"partial_rotary_factor": 0.25})["rotary_percent"] == 0.25
+    assert rope_arguments(GLM)["rotary_percent"] == 0.5
+    assert rope_arguments(GLM | {"partial_rotary_factor": 0.25})["rotary_percent"] == 0.25
     new = {"rope_parameters": {"partial_rotary_factor": 0.75}}
-    assert model._rope_arguments(GLM | new)["rotary_percent"] == 0.75
-    assert model._rope_arguments(HF)["rotary_percent"] == 1.0
+    assert rope_arguments(GLM | new)["rotary_percent"] == 0.75
+    assert rope_arguments(HF)["rotary_percent"] == 1.0
 
 
 def test_a_corrected_router_has_sigmoid_scores_a_frozen_bias_and_shared_experts():

@@ -1,0 +1,28 @@
+"""RoPE settings of a Hugging Face config, by Megatron's names."""
+
+from typing import Any
+
+
+def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings in the transformers 5 form, whichever form the file has."""
+    parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    parameters.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    return parameters
+
+
+def rotary_part(hf: dict[str, Any]) -> float:
+    """Share of each head that RoPE rotates."""
+    name, default = "partial_rotary_factor", 0.5 if hf["model_type"] == "glm4_moe" else 1.0
+    return float((hf.get("rope_parameters") or {}).get(name, hf.get(name, default)))
+
+
+def rope_arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of GPTModel."""
+    rope = rope_parameters(hf)
+    return {
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": rotary_part(hf),
+        "rope_scaling": rope["rope_type"] == "llama3",
+        "rope_scaling_factor": rope.get("factor", 1.0),
+    }
