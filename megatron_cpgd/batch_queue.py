@@ -1,6 +1,7 @@
 """Rank 0's batches between sampling and training: with stale rollouts some are always waiting."""
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,65 @@ FILE = "batches.msgpack"
 class BatchQueue:
     """Samples `staleness` batches ahead of the step that trains on them.
 
-    The batch of step t is sampled by the weights after step max(0, t - 1 - staleness), as when
-    sampling and training run side by side. At the end of the run nothing is left over.
+    The batch of step t is sampled by the weights after step max(0, t - 1 - staleness). With
+    `overlap` that happens while an earlier step trains, else before it does; the batches are the
+    same. At the end of the run nothing is left over.
     """
 
-    def __init__(self, sampler: Sampler, *, staleness: int, last_step: int) -> None:
+    def __init__(
+        self, sampler: Sampler, *, staleness: int, last_step: int, overlap: bool = False
+    ) -> None:
         """
         Args:
             staleness: 0 samples each batch right before its step.
             last_step: no batch is sampled for a later one.
+            overlap: sample what no step needs yet in a thread; needs a staleness.
         """
+        assert staleness > 0 or not overlap, f"{staleness=} {overlap=}"
         self._sampler = sampler
         self._staleness = staleness
         self._last_step = last_step
         self._batches: deque[ScoredBatch] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling") if overlap else None
+        self._ahead: Future[float] | None = None
 
     def take(self, step: int, timer: StepTimer) -> ScoredBatch:
         """The batch of a step; the engine holds the weights after the step before."""
-        while len(self._batches) <= min(self._staleness, self._last_step - step):
-            self._batches.append(self._sampler.sample(version=step - 1, timer=timer))
-        return self._batches.popleft()
+        assert self._ahead is None, "finish the sampling of the step before"
+        waiting = min(self._staleness, self._last_step - step)
+        self._fill(1 if self._thread else 1 + waiting, step - 1, timer)
+        batch = self._batches.popleft()
+        if self._thread:
+            self._ahead = self._thread.submit(self._fill_ahead, waiting, step - 1)
+        return batch
+
+    def finish(self, timer: StepTimer) -> dict[str, float]:
+        """Wait for what is sampled in the background; the engine may then get other weights.
+
+        Raises:
+            RolloutError, WeightSyncError: as `RolloutEngine.generate`.
+        """
+        if self._ahead is None:
+            return {}
+        with timer("wait"):
+            seconds = self._ahead.result()
+        self._ahead = None
+        return {"time/background_s": seconds}
+
+    def close(self) -> None:
+        """Sample nothing more. Does not wait: closing the engine ends what goes on."""
+        if self._thread:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _fill(self, count: int, version: int, timer: StepTimer) -> None:
+        while len(self._batches) < count:
+            self._batches.append(self._sampler.sample(version=version, timer=timer))
+
+    def _fill_ahead(self, count: int, version: int) -> float:
+        """As `_fill`, in the background; returns the seconds."""
+        timer = StepTimer()
+        self._fill(count, version, timer)
+        return timer.finish_step()["time/total_s"]
 
     def clear(self) -> None:
         """Forget the waiting batches; their prompts are not drawn again."""

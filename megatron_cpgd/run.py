@@ -94,7 +94,7 @@ def start_run(config: ExperimentConfig, engine: RolloutEngine | None = None) -> 
             prompts=prompts, sampler=sampler,
         )  # fmt: skip
         if prompts:
-            _restore_rank_0(run, state)
+            _restore_rank_0(run, state, stack)
         yield run
 
 
@@ -219,11 +219,16 @@ def _resume(policy: Policy, folder: RunFolder) -> dict[str, Any]:
     return state
 
 
-def _restore_rank_0(run: Run, state: dict[str, Any]) -> None:
+def _restore_rank_0(run: Run, state: dict[str, Any], stack: ExitStack) -> None:
     assert run.prompts and run.sampler
+    rollout = run.config.rollout
     run.batches = BatchQueue(
-        run.sampler, staleness=run.config.rollout.staleness, last_step=run.config.run.steps
+        run.sampler,
+        staleness=rollout.staleness,
+        last_step=run.config.run.steps,
+        overlap=rollout.overlap,
     )
+    stack.callback(run.batches.close)
     run.detector = CollapseDetector(run.config.stability)
     if "prompts" in state:
         run.prompts.stream.load_state(state["prompts"])

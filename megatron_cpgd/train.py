@@ -62,8 +62,8 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
                     metrics |= _set_ref_logprobs(run, sequences)
             with timer("train"):
                 metrics |= _optimise(run, sequences, step)
-            if batch:
-                metrics |= batch_metrics(batch, step)
+            if run.batches and batch:
+                metrics |= batch_metrics(batch, step) | run.batches.finish(timer)
             metrics |= guard(run, step, metrics)  # a collapse ends the run or takes it back
             with timer("sync"):
                 metrics |= sync_weights(run.policy, engine, run.arena, version=step)

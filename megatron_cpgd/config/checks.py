@@ -72,6 +72,18 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"to hold the same weights, but rollout.staleness={rollout.staleness} compares "
             "different ones; set logprob_diff_limit=null or staleness=0"
         )
+    if rollout.overlap and rollout.staleness == 0:
+        yield (
+            "rollout.overlap=true does nothing: with rollout.staleness=0 every batch is sampled by "
+            "the weights of the step before; set staleness to at least 1, or overlap=false"
+        )
+    if rollout.devices is not None and (
+        len(rollout.devices) < rollout.engines or len(rollout.devices) % rollout.engines
+    ):
+        yield (
+            f"rollout.devices={rollout.devices}: expected a multiple of rollout.engines="
+            f"{rollout.engines}, got {len(rollout.devices)}; every engine takes as many"
+        )
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "

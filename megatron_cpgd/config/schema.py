@@ -114,6 +114,14 @@ class RolloutConfig(Config):
     staleness: int = Field(0, ge=0)
     """Batches sampled ahead: a step trains on responses of the weights so many steps before its
     own, as when sampling and training run side by side. 0 is on-policy."""
+    overlap: bool = False
+    """Sample the waiting batches while a step trains, instead of before it; the batches are the
+    same. Needs a staleness of at least 1; pays off if engine and trainer share no processors."""
+    engines: int = Field(1, ge=1)
+    """Engine processes; each answers a share of the prompts."""
+    devices: list[Annotated[int, Field(ge=0)]] | None = None
+    """CUDA devices of the engines, as rank 0 numbers them, in equal shares one after the other;
+    null: every engine sees all of them. The trainer's ranks take the devices 0, 1, ..."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
     exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""

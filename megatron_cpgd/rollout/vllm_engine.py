@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,7 +63,10 @@ TORCHRUN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 
 
 class VllmEngine:
-    """A RolloutEngine on vLLM. Construct it in a thread that lives as long as the engine should."""
+    """A RolloutEngine on vLLM. Construct it in a thread that lives as long as the engine should.
+
+    Any thread may call it; calls wait for each other, but `close` ends the one that is going on.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class VllmEngine:
         seed: int,
         trust_remote_code: bool = False,
         return_routes: bool = False,
+        devices: list[int] | None = None,
     ) -> None:
         """Start the process and return at once; it loads the model meanwhile.
 
@@ -87,7 +92,9 @@ class VllmEngine:
             log_path: where the process writes; None keeps it in a temporary file.
             seed: for requests without a seed of their own.
             return_routes: accept `Sampling.return_routes`; costs memory and time even if unused.
+            devices: CUDA devices of the engine, numbered as this process sees them; None: all.
         """
+        self._calling = threading.Lock()
         self._start_timeout_s = start_timeout_s
         self._step_timeout_s = step_timeout_s
         # mkdtemp gives mode 0700: nobody else can reach the socket.
@@ -109,16 +116,17 @@ class VllmEngine:
                 trust_remote_code=trust_remote_code,
                 return_routes=return_routes,
                 engine_args=engine_args,
-            )
+            ),
+            devices,
         )
 
-    def _start(self, launch: Launch) -> "subprocess.Popen[bytes]":
+    def _start(self, launch: Launch, devices: list[int] | None) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "megatron_cpgd.rollout.vllm_server"]
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()  # behind what an earlier run has left
             return subprocess.Popen(
                 [*command, msgspec.json.encode(launch).decode()],
-                env=engine_environment(dict(os.environ), cpu=has_cpu_build()),
+                env=engine_environment(dict(os.environ), cpu=has_cpu_build(), devices=devices),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -138,6 +146,10 @@ class VllmEngine:
             ConfigError: an engine argument is wrong, or the engine cannot return routes.
             RolloutError: the engine died or did not load in time.
         """
+        with self._calling:
+            self._wait_ready()
+
+    def _wait_ready(self) -> None:
         if not self._ready:
             self._receive(Ready, self._start_timeout_s, "loading the model")
             self._ready = True
@@ -167,6 +179,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """See RolloutEngine.close."""
+        if self._calling.locked():
+            self._kill()  # the call in another thread notices and raises
+        with self._calling:
+            self._close()
+
+    def _close(self) -> None:
         if self._context.closed:
             return
         if self._ready and self._process.poll() is None:
@@ -180,11 +198,12 @@ class VllmEngine:
         self._directory.cleanup()
 
     def _call[Answer: Response](self, request: Request, kind: type[Answer], what: str) -> Answer:
-        if self._context.closed:
-            raise RolloutError(f"{what}: the engine was closed")
-        self.wait_ready()
-        self._send(request)
-        return self._receive(kind, self._step_timeout_s, what)
+        with self._calling:
+            if self._context.closed:
+                raise RolloutError(f"{what}: the engine was closed")
+            self._wait_ready()
+            self._send(request)
+            return self._receive(kind, self._step_timeout_s, what)
 
     def _send(self, request: Request) -> None:
         try:
@@ -243,14 +262,48 @@ def has_cpu_build() -> bool:
     return True
 
 
-def engine_environment(inherited: dict[str, str], *, cpu: bool) -> dict[str, str]:
+def check_devices(devices: list[int] | None, engines: int) -> None:
+    """Raises ConfigError: the engines' devices do not fit the installed build of vLLM."""
+    if devices is not None and has_cpu_build():
+        raise ConfigError(
+            f"rollout.devices={devices} names CUDA devices, but the installed vLLM computes on the "
+            "CPU; remove it"
+        )
+    if devices is None and engines > 1 and not has_cpu_build():
+        raise ConfigError(
+            f"rollout.engines={engines}: on CUDA every engine needs devices of its own; name them "
+            "in rollout.devices"
+        )
+
+
+def engine_environment(
+    inherited: dict[str, str], *, cpu: bool, devices: list[int] | None = None
+) -> dict[str, str]:
     """Environment of the engine: ours as defaults, the user's, without what torchrun has set.
 
     With torchrun's variables vLLM would take itself for a rank of the trainer.
+
+    Args:
+        devices: CUDA devices of the engine among those that `inherited` shows; None: all of them.
     """
     kept = {
         name: value
         for name, value in inherited.items()
         if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
     }
+    if devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = _visible_devices(devices, kept.get("CUDA_VISIBLE_DEVICES"))
     return ENVIRONMENT | (CPU_ENVIRONMENT if cpu else {}) | kept
+
+
+def _visible_devices(devices: list[int], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that gets `devices` of those that are visible to this."""
+    if not visible:
+        return ",".join(map(str, devices))
+    names = visible.split(",")
+    if max(devices) >= len(names):
+        raise ConfigError(
+            f"rollout.devices: expected numbers below {len(names)}, as CUDA_VISIBLE_DEVICES="
+            f"{visible} shows so many; got {max(devices)}"
+        )
+    return ",".join(names[device] for device in devices)

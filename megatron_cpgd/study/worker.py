@@ -112,6 +112,8 @@ def _engine_key(config: ExperimentConfig) -> Any:
         config.precision,
         config.data.max_prompt_tokens + rollout.max_response_tokens,
         rollout.engine_args,
+        rollout.engines,
+        rollout.devices,
         config.algorithm.routing_replay == "rollout",
     )
 

@@ -47,6 +47,13 @@ def test_old_log_probs_are_those_of_the_policy_that_is_about_to_change(runs):
     assert max(fresh) < 1e-5
 
 
+def test_sampling_in_the_background_changes_nothing_but_the_time(runs):
+    assert learnt(runs / "overlapped") == learnt(runs / "stale")
+    rows = read_rows(runs / "overlapped" / "metrics.jsonl")[1:]
+    assert all(row["time/background_s"] > 0 for row in rows[:4])
+    assert "time/generate_s" not in rows[1], "the step found its batch waiting"
+
+
 def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
     trainer, sampler = (
         [row["policy/kl_k3"] for row in learnt(runs / name)[1:]]

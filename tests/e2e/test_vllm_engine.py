@@ -13,6 +13,8 @@ import torch
 
 from megatron_cpgd.errors import RolloutError, WeightSyncError
 from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.rollout.engine_group import EngineGroup
+from megatron_cpgd.weights.tensor_file import TensorFile
 from tests.helpers.engines import (
     CONFIGS,
     MAX_MODEL_LEN,
@@ -297,6 +299,45 @@ def test_tensor_parallel_workers_each_read_their_part_of_the_arena(labs):
         assert logprob_error(lab.models["B"], PROMPTS, groups) < TOLERANCE
     finally:
         engine.close()
+
+
+def test_two_engines_sample_what_one_does_and_get_the_same_weights(labs):
+    lab = labs["llama"]
+    second = start_engine(lab.arena.parent)
+    try:
+        version = lab.publish("B")
+        alone = lab.generate()
+        group = EngineGroup([lab.engine, second])
+        report = group.refresh(lab.arena, version)
+        assert report.digest == TensorFile.open(lab.arena).digest()
+        together = group.generate(PROMPTS, SAMPLING, version=version)
+    finally:
+        second.close()
+    assert [[r.token_ids for r in each] for each in together] == [
+        [r.token_ids for r in each] for each in alone
+    ]
+    assert logprob_error(lab.models["B"], PROMPTS, together) < TOLERANCE
+
+
+def test_closing_an_engine_ends_a_call_of_another_thread(labs, tmp_path):
+    engine = start_engine(labs["llama"].arena.parent)
+    engine.wait_ready()
+    errors: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            engine.generate(PROMPTS * 16, Sampling(n=64, max_tokens=200), version=0)
+        except RolloutError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    time.sleep(0.3)
+    start = time.monotonic()
+    engine.close()
+    thread.join(5)
+    assert time.monotonic() - start < 2.0
+    assert "generating: the engine was killed" in str(errors[0])
 
 
 def test_an_engine_killed_while_generating_is_reported_at_once(labs):

@@ -19,6 +19,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "again": {},
     "stale": {"rollout": {"staleness": 2}},
     "stale_interrupted": {"rollout": {"staleness": 2}},
+    "overlapped": {"rollout": {"staleness": 2, "overlap": True}},
     "dapo": {"algorithm": DAPO},
     "dapo_interrupted": {"algorithm": DAPO},
     "nothing_left": {

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from megatron_cpgd.algorithm.advantages import compute_advantages
 from megatron_cpgd.batch_queue import BatchQueue
+from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.scored_batch import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup, RouteLayout, Routes
@@ -77,6 +79,57 @@ def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
             assert left.dtype == right.dtype and torch.equal(left, right)
     assert number_and_version(resumed.take(2, StepTimer())) == (2, 0)
     assert sampler.batches == 4, "only the one batch that became free is sampled anew"
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 9])
+def test_in_the_background_the_same_batches_are_sampled_as_before_the_step(staleness):
+    both = []
+    for overlap in (False, True):
+        queue = BatchQueue(CountingSampler(), staleness=staleness, last_step=5, overlap=overlap)
+        timer, taken = StepTimer(), []
+        for step in range(1, 6):
+            taken.append(number_and_version(queue.take(step, timer)))
+            queue.finish(timer)
+        both.append(taken)
+    assert both[0] == both[1]
+
+
+class HeldSampler(CountingSampler):
+    """From its second batch on it goes on only when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+
+    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+        if self.batches > 0:
+            assert self.may_go_on.wait(10)
+        return super().sample(version=version, timer=timer)
+
+
+def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
+    sampler = HeldSampler()
+    queue = BatchQueue(sampler, staleness=1, last_step=9, overlap=True)
+    timer = StepTimer()
+    assert number_and_version(queue.take(1, timer)) == (1, 0)
+    assert sampler.batches == 1, "here the step trains, the second batch is not there yet"
+    sampler.may_go_on.set()
+    assert queue.finish(timer)["time/background_s"] > 0
+    assert sampler.batches == 2
+    assert number_and_version(queue.take(2, timer)) == (2, 0)
+
+
+def test_an_error_in_the_background_is_raised_where_the_step_waits():
+    class FailingSampler(CountingSampler):
+        def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+            if self.batches == 1:
+                raise RolloutError("the engine died")
+            return super().sample(version=version, timer=timer)
+
+    queue = BatchQueue(FailingSampler(), staleness=1, last_step=9, overlap=True)
+    queue.take(1, StepTimer())
+    with pytest.raises(RolloutError, match="the engine died"):
+        queue.finish(StepTimer())
 
 
 def test_without_staleness_a_checkpoint_needs_no_file():
