@@ -96,6 +96,8 @@ def _roll_back(run: Run, step: int, target: int) -> None:
     if run.detector and run.batches:  # rank 0
         run.detector.reset()
         run.batches.clear()  # sampled by the weights that were given up
+        if run.sampler and run.sampler.in_flight:
+            run.sampler.in_flight.groups.clear()
     logger.warning(
         "step %d: went back to the weights of %s; the learning rate is scaled by %g from now on",
         step, run.folder.checkpoint(target), run.policy.lr_scale,

@@ -117,6 +117,8 @@ def save(run: Run, step: int) -> None:
         state["prompts"] = run.prompts.stream.state()
         state["detector"] = run.detector.state()
         files = run.batches.files()
+        if run.sampler and run.sampler.in_flight:
+            files |= run.sampler.in_flight.files()
     run.policy.save(run.folder.checkpoint(step), state, files)
 
 
@@ -233,6 +235,8 @@ def _restore_rank_0(run: Run, state: dict[str, Any], stack: ExitStack) -> None:
     if "prompts" in state:
         run.prompts.stream.load_state(state["prompts"])
         run.batches.load(run.folder.checkpoint(run.done))
+        if run.sampler.in_flight:
+            run.sampler.in_flight.load(run.folder.checkpoint(run.done))
         run.detector.load_state(state["detector"])
     for step in run.folder.checkpoint_steps():
         if step > run.done:  # will be written anew, as all files of later steps

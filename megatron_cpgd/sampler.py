@@ -19,6 +19,7 @@ from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
 from megatron_cpgd.data.stream import PromptStream
 from megatron_cpgd.errors import DataError, RolloutError
+from megatron_cpgd.in_flight import InFlight, carried_metrics
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
@@ -81,6 +82,13 @@ class Sampler:
         if config.algorithm.routing_replay == "rollout":
             with HfCheckpoint.open(config.model.path) as checkpoint:
                 self._routed_layers = read_decoder(checkpoint.config).moe_layers
+        rollout = config.rollout
+        self.in_flight: InFlight | None = None
+        """Groups that have begun, if responses are sampled in pieces."""
+        if rollout.piece_tokens is not None:
+            self.in_flight = InFlight(
+                piece_tokens=rollout.piece_tokens, max_tokens=rollout.max_response_tokens
+            )
         self._rewards = RewardPool(
             config.rewards.functions,
             workers=config.rewards.workers,
@@ -134,8 +142,13 @@ class Sampler:
                     sampled.per_group(sampled.lengths)[kept].long(),
                 ),
                 version=version,
-                metrics=sampled.metrics(kept),
+                metrics=sampled.metrics(kept) | self._carried(groups),
             )
+
+    def _carried(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        if self.in_flight is None or not groups:
+            return {}
+        return carried_metrics([rollout for group in groups for rollout in group.rollouts])
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Accuracy and response length on every evaluation set."""
@@ -159,18 +172,47 @@ class Sampler:
         self._rewards.close()
 
     def _next_groups(self, version: int) -> list[RolloutGroup]:
-        """All responses to the next batch of prompts."""
-        rollout, stream = self._config.rollout, self._prompts.stream
-        prompts = [self._prompts.train[i] for i in stream.next_batch()]
+        """All responses to a batch of prompts, the next ones or the first that are finished."""
+        rollout = self._config.rollout
         size = rollout.samples_per_prompt
-        # One stream per response of the whole run: a resumed run samples the same.
-        first = (self._config.run.seed << 40) + stream.batches * len(prompts) * size
         sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
         if self._routed_layers is not None:
             sampling = replace(sampling, return_routes=True)
-        groups = self._generate(prompts, sampling, seed=first, version=version)
+        if self.in_flight is None:
+            prompts, seed = self._next_prompts()
+            chosen = [self._prompts.train[i] for i in prompts]
+            groups = self._generate(chosen, sampling, seed=seed, version=version)
+        else:
+            groups = self._finished_groups(self.in_flight, sampling, version)
         self._check_routes(groups)
         return groups
+
+    def _next_prompts(self) -> tuple[list[int], int]:
+        """The next batch of prompts, and the seed of its first response."""
+        stream, rollout = self._prompts.stream, self._config.rollout
+        prompts = stream.next_batch()
+        # One stream per response of the whole run: a resumed run samples the same.
+        first = stream.batches * len(prompts) * rollout.samples_per_prompt
+        return prompts, (self._config.run.seed << 40) + first
+
+    def _finished_groups(
+        self, in_flight: InFlight, sampling: Sampling, version: int
+    ) -> list[RolloutGroup]:
+        """Go on with all that is in flight until a batch of it is finished."""
+        rollout, train = self._config.rollout, self._prompts.train
+        limit = rollout.groups_in_flight or 2 * rollout.prompts_per_step
+        while (taken := in_flight.take(rollout.prompts_per_step)) is None:
+            while len(in_flight.groups) + rollout.prompts_per_step <= limit:
+                prompts, seed = self._next_prompts()
+                in_flight.begin(prompts, seed=seed, size=rollout.samples_per_prompt)
+            in_flight.advance(self.engine, lambda i: train[i].token_ids, sampling, version=version)
+        return [
+            RolloutGroup(
+                prompt=train[group.prompt],
+                rollouts=[self._with_text(each) for each in group.rollouts if each is not None],
+            )
+            for group in taken
+        ]
 
     def _check_routes(self, groups: Sequence[RolloutGroup]) -> None:
         """Raises RolloutError: the trainer has its experts in other layers."""

@@ -78,11 +78,18 @@ class Rollout:
     finish_reason: FinishReason
     """`stop`: an end token was sampled; `length`: cut at the token limit."""
     weight_version: int
-    """Version of the weights that produced it."""
+    """Version of the weights that produced it, or its last piece."""
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    """(weight version, tokens) of its pieces, if it was sampled in several; else empty."""
     text: str = ""
     """Decoded response without special tokens; filled by the trainer."""
     routes: Routes | None = None
     """Only if `Sampling.return_routes` asked for them."""
+
+    @property
+    def versions(self) -> list[tuple[int, int]]:
+        """(weight version, tokens) of all its pieces, in order."""
+        return self.pieces or [(self.weight_version, len(self.token_ids))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from megatron_cpgd.config.schema import (
     FormatReward,
     MathReward,
     PythonReward,
+    RolloutConfig,
 )
 from megatron_cpgd.config.stability import StabilityConfig
 
@@ -72,6 +73,13 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"to hold the same weights, but rollout.staleness={rollout.staleness} compares "
             "different ones; set logprob_diff_limit=null or staleness=0"
         )
+    if rollout.logprob_diff_limit is not None and rollout.piece_tokens is not None:
+        yield (
+            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} expects trainer and engine "
+            "to hold the same weights, but with rollout.piece_tokens some tokens come from older "
+            "ones; set one of them to null"
+        )
+    yield from _piece_problems(rollout)
     if rollout.overlap and rollout.staleness == 0:
         yield (
             "rollout.overlap=true does nothing: with rollout.staleness=0 every batch is sampled by "
@@ -107,6 +115,27 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
         yield (
             "data.system_prompt does nothing: data.chat_template=false feeds prompts as they are; "
             "put the text into the prompts or set chat_template=true"
+        )
+
+
+def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:
+    piece, groups = rollout.piece_tokens, rollout.groups_in_flight
+    if piece is None:
+        if groups is not None:
+            yield (
+                f"rollout.groups_in_flight={groups} does nothing: without rollout.piece_tokens "
+                "every step samples its own prompts; set piece_tokens or remove it"
+            )
+        return
+    if rollout.max_response_tokens % piece or piece == rollout.max_response_tokens:
+        yield (
+            f"rollout.piece_tokens={piece}: expected a proper divisor of "
+            f"rollout.max_response_tokens={rollout.max_response_tokens}"
+        )
+    if groups is not None and groups < rollout.prompts_per_step:
+        yield (
+            f"rollout.groups_in_flight={groups} must be >= rollout.prompts_per_step="
+            f"{rollout.prompts_per_step}"
         )
 
 

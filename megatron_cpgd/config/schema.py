@@ -114,6 +114,13 @@ class RolloutConfig(Config):
     staleness: int = Field(0, ge=0)
     """Batches sampled ahead: a step trains on responses of the weights so many steps before its
     own, as when sampling and training run side by side. 0 is on-policy."""
+    piece_tokens: int | None = Field(None, ge=1)
+    """Partial rollouts: a step samples at most so many tokens of a response at a time, until
+    `prompts_per_step` groups are finished; the responses of other groups go on in later steps, by
+    the weights of then. Divides `max_response_tokens`. null: each response in one go."""
+    groups_in_flight: int | None = Field(None, ge=1)
+    """With `piece_tokens`: prompts that are sampled at a time, at least `prompts_per_step`;
+    default: twice that."""
     overlap: bool = False
     """Sample the waiting batches while a step trains, instead of before it; the batches are the
     same. Needs a staleness of at least 1; pays off if engine and trainer share no processors."""

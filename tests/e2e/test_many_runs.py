@@ -64,7 +64,15 @@ def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
     assert "rollout/logprob_abs_diff_mean" not in learnt(runs / "stale_sampler")[1]
 
 
-@pytest.mark.parametrize("name", ["stale", "dapo"])  # waiting batches; refills
+def test_responses_in_pieces_hold_tokens_of_older_weights(runs):
+    rows = learnt(runs / "pieces")[1:]
+    assert rows[0]["rollout/older_tokens_frac"] == 0, "the first step knows one version only"
+    assert max(row["rollout/older_tokens_frac"] for row in rows) > 0
+    assert all(row["rollout/older_steps_max"] <= row["step"] - 1 for row in rows)
+
+
+# Waiting batches; refills; groups in flight.
+@pytest.mark.parametrize("name", ["stale", "dapo", "pieces"])
 def test_an_interrupted_run_goes_on_where_it_was(runs, name):
     assert learnt(runs / f"{name}_interrupted") == learnt(runs / name)
     left, right = (

@@ -22,6 +22,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "overlapped": {"rollout": {"staleness": 2, "overlap": True}},
     "dapo": {"algorithm": DAPO},
     "dapo_interrupted": {"algorithm": DAPO},
+    "pieces": {"rollout": {"piece_tokens": 2}},
+    "pieces_interrupted": {"rollout": {"piece_tokens": 2}},
     "nothing_left": {
         "rewards": {"functions": [{"type": "format", "pattern": ".*"}]},
         "algorithm": {"filter": {"max_batches": 2}},

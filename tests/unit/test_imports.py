@@ -13,6 +13,7 @@ ROWS = (
     {"run"},
     {"batch_queue"},
     {"sampler", "weight_sync"},
+    {"in_flight"},
     {"policy", "rollout", "demo"},
     {"scored_batch"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch"},
