@@ -113,14 +113,13 @@ class InFlight:
         return (seed + pieces * SEED_STRIDE) % 2**63
 
 
-def carried_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """How much of finished responses is older than the weights that finished the youngest."""
+def age_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """How much of a batch is older than `version`, the weights of its last pieces."""
     pieces = [piece for rollout in rollouts for piece in rollout.versions]
-    latest = max(version for version, _ in pieces)
-    older = sum(tokens for version, tokens in pieces if version < latest)
+    older = sum(tokens for sampled_by, tokens in pieces if sampled_by < version)
     return {
         "rollout/older_tokens_frac": older / max(sum(tokens for _, tokens in pieces), 1),
-        "rollout/older_steps_max": latest - min(version for version, _ in pieces),
+        "rollout/older_steps_max": version - min(sampled_by for sampled_by, _ in pieces),
     }
 
 

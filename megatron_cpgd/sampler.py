@@ -19,7 +19,7 @@ from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
 from megatron_cpgd.data.stream import PromptStream
 from megatron_cpgd.errors import DataError, RolloutError
-from megatron_cpgd.in_flight import InFlight, carried_metrics
+from megatron_cpgd.in_flight import InFlight, age_metrics
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
@@ -142,13 +142,14 @@ class Sampler:
                     sampled.per_group(sampled.lengths)[kept].long(),
                 ),
                 version=version,
-                metrics=sampled.metrics(kept) | self._carried(groups),
+                metrics=sampled.metrics(kept) | self._age(groups, version),
             )
 
-    def _carried(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    def _age(self, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
         if self.in_flight is None or not groups:
             return {}
-        return carried_metrics([rollout for group in groups for rollout in group.rollouts])
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        return age_metrics(rollouts, version)
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Accuracy and response length on every evaluation set."""

@@ -64,7 +64,7 @@ def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
     assert "rollout/logprob_abs_diff_mean" not in learnt(runs / "stale_sampler")[1]
 
 
-def test_responses_in_pieces_hold_tokens_of_older_weights(runs):
+def test_groups_in_flight_are_trained_on_after_the_weights_have_changed(runs):
     rows = learnt(runs / "pieces")[1:]
     assert rows[0]["rollout/older_tokens_frac"] == 0, "the first step knows one version only"
     assert max(row["rollout/older_tokens_frac"] for row in rows) > 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpgd.in_flight import InFlight, carried_metrics, join
+from megatron_cpgd.in_flight import InFlight, age_metrics, join
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.types import Rollout, RouteLayout, Routes
 
@@ -117,14 +117,14 @@ def test_every_input_token_keeps_the_routes_with_which_its_successor_was_sampled
     assert whole.routes.tensor()[:, 1, 0].tolist() == [11, 21, 31, 42]
 
 
-def test_the_share_of_older_tokens_counts_back_from_the_youngest_weights():
+def test_older_tokens_are_those_of_weights_before_the_batchs():
     rollout = Rollout(
-        token_ids=[1] * 6, logprobs=[0.0] * 6, finish_reason="length", weight_version=5,
-        pieces=[(2, 1), (4, 2), (5, 3)],
+        token_ids=[1] * 6, logprobs=[0.0] * 6, finish_reason="length", weight_version=6,
+        pieces=[(2, 1), (4, 2), (6, 3)],
     )  # fmt: skip
-    young = Rollout(token_ids=[1, 1], logprobs=[0, 0], finish_reason="stop", weight_version=5)
-    metrics = carried_metrics([rollout, young])
-    assert metrics == {"rollout/older_tokens_frac": 3 / 8, "rollout/older_steps_max": 3}
+    young = Rollout(token_ids=[1, 1], logprobs=[0, 0], finish_reason="stop", weight_version=6)
+    metrics = age_metrics([rollout, young], 6)
+    assert metrics == {"rollout/older_tokens_frac": 3 / 8, "rollout/older_steps_max": 4}
 
 
 def test_a_piece_that_does_not_divide_the_limit_is_refused():
