@@ -7,6 +7,8 @@ from megatron_cpgd.config.schema import ExperimentConfig
 
 _WITHOUT_CLIP_RANGE = ("capped_weight", "soft_gate", "probability_mask", "sequence_weight")
 """Policy terms that do not read algorithm.clip."""
+CUDA_GRAPHS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+"""Options of Megatron-Core that capture the layers."""
 
 
 def check_algorithm(config: ExperimentConfig) -> Iterator[str]:
@@ -193,8 +195,7 @@ def _routing_replay(config: ExperimentConfig) -> Iterator[str]:
             "algorithm.epochs > 1, or routing_replay=none"
         )
     # The first chooses inside its kernel, the others repeat the choice of the captured pass.
-    graphs = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    for name in ("moe_router_fusion", *graphs):
+    for name in ("moe_router_fusion", *CUDA_GRAPHS):
         if options.get(name) not in (None, False, "none"):
             yield (
                 f"model.megatron.{name}={options[name]} cannot replay routes; remove it or set "

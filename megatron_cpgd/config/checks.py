@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_cpgd.config.algorithm_checks import check_algorithm
+from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS, check_algorithm
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_folder
 from megatron_cpgd.config.schema import (
@@ -27,6 +27,7 @@ def check_config(config: ExperimentConfig) -> list[str]:
     """Every problem of a configuration whose single settings are valid; empty if there is none."""
     return [
         *check_algorithm(config),
+        *_router(config),
         *_inert_switches(config),
         *_inert_stability(config),
         *_batch_sizes(config),
@@ -137,6 +138,17 @@ def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:
             f"rollout.groups_in_flight={groups} must be >= rollout.prompts_per_step="
             f"{rollout.prompts_per_step}"
         )
+
+
+def _router(config: ExperimentConfig) -> Iterator[str]:
+    balancing = any(value > 0 for _, value in config.router)
+    for name in CUDA_GRAPHS:
+        value = config.model.megatron.get(name)
+        if balancing and value not in (None, False, "none"):
+            yield (
+                f"model.megatron.{name}={value} repeats a captured pass, whose padding may lie "
+                "elsewhere; remove it or the settings of section `router`"
+            )
 
 
 def _inert_stability(config: ExperimentConfig) -> Iterator[str]:

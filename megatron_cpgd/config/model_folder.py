@@ -19,6 +19,8 @@ ARCHITECTURES = {
 """Supported `model_type` -> class in `architectures`."""
 
 ROPE_TYPES = ("default", "llama3")
+CORRECTION_BIAS = ("glm4_moe", "deepseek_v3")
+"""Those of them whose routers have a selection bias, e_score_correction_bias."""
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -148,6 +150,9 @@ def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterat
             "parallel.ep": (sizes.ep, 1),
             "parallel.etp": (sizes.etp, 1),
             "algorithm.routing_replay": (config.algorithm.routing_replay, "none"),
+            "router.aux_loss_coef": (config.router.aux_loss_coef, 0),
+            "router.z_loss_coef": (config.router.z_loss_coef, 0),
+            "router.bias_update_rate": (config.router.bias_update_rate, 0),
         }
         for name, (value, neutral) in settings.items():
             if value != neutral:
@@ -162,6 +167,13 @@ def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterat
         yield (
             f"parallel.sequence_parallel=false: with tp={sizes.tp} the experts of {path} need it; "
             "set sequence_parallel=true or tp=1"
+        )
+    rate = config.router.bias_update_rate
+    if rate > 0 and hf["model_type"] not in CORRECTION_BIAS:
+        yield (
+            f"router.bias_update_rate={rate}: the routers of {path} ({hf['model_type']}) have no "
+            f"selection bias, as {' and '.join(CORRECTION_BIAS)} have; set it to 0 or use "
+            "router.aux_loss_coef"
         )
 
 

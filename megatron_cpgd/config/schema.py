@@ -7,6 +7,7 @@ from pydantic import Field
 
 from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.base import Config
+from megatron_cpgd.config.router import RouterConfig
 from megatron_cpgd.config.stability import StabilityConfig
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -284,6 +285,7 @@ class ExperimentConfig(Config):
     precision: PrecisionConfig = PrecisionConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    router: RouterConfig = RouterConfig()
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     eval: EvalConfig = EvalConfig()

@@ -126,15 +126,22 @@ def unpack_tokens(values: Tensor, micro_batch: MicroBatch) -> dict[int, Tensor]:
     return {index: flat[own][mask[own]] for index, own in spans if index >= 0}
 
 
+def input_sequence_index(micro_batch: MicroBatch) -> Tensor:
+    """[B, S] int64: the number within the micro-batch of each real token's sequence, else -1."""
+    index = torch.full(micro_batch.input_ids.shape, -1)
+    spans = zip(micro_batch.indices, _spans(micro_batch), strict=True)
+    for number, (i, own) in enumerate(spans):
+        if i >= 0:
+            index.view(-1)[own] = number
+    return index
+
+
 def sequence_index(micro_batch: MicroBatch) -> Tensor:
     """[B, S] int64: the number within the micro-batch of each response token's sequence, else -1.
 
     Placed like `loss_mask`, ascending in row-major order.
     """
-    index = torch.full(micro_batch.input_ids.shape, -1)
-    for number, own in enumerate(_spans(micro_batch)):
-        index.view(-1)[own] = number
-    return index.masked_fill(~micro_batch.loss_mask, -1)
+    return input_sequence_index(micro_batch).masked_fill(~micro_batch.loss_mask, -1)
 
 
 def token_index(micro_batch: MicroBatch, starts: Sequence[int] | Mapping[int, int]) -> Tensor:

@@ -1,8 +1,8 @@
 """The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from megatron_cpgd.policy.optimizer import (
 )
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.reference import ReferenceWeights
+from megatron_cpgd.policy.router_balance import RouterBalance
 from megatron_cpgd.policy.routing_replay import RoutingReplay
 from megatron_cpgd.policy.schedule import (
     ForwardContext,
@@ -72,7 +73,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     metrics: dict[str, float]
-    """Of the objective, over the mini-batch; equal on every rank."""
+    """Of the objective and the routers, over the mini-batch; equal on every rank."""
 
 
 class Policy:
@@ -117,6 +118,10 @@ class Policy:
         self._routing: RoutingReplay | None = None
         if config.algorithm.routing_replay != "none":
             self._routing = RoutingReplay(self._models, transformer, info)
+        self._balance: RouterBalance | None = None
+        # A captured graph does not ask which tokens are real.
+        if transformer.num_moe_experts and transformer.cuda_graph_impl == "none":
+            self._balance = RouterBalance(self._models, transformer, config.router, info)
         self._reference: ReferenceWeights | None = None
         if config.reference_path is not None:
             with HfCheckpoint.open(config.reference_path) as reference:
@@ -132,8 +137,8 @@ class Policy:
         """[T] float32 CPU log-probs of each sequence's response under the current weights."""
         if not sequences:  # on every rank: they all have the same list
             return []
-        with self._replaying(sequences, backward=False) as forward_context:
-            return self._forward_logprobs(sequences, forward_context)
+        with self._replaying(sequences, backward=False) as forward_contexts:
+            return self._forward_logprobs(sequences, forward_contexts)
 
     def record_routes(self, sequences: Sequence[LossSequence]) -> tuple[list[Tensor], list[Tensor]]:
         """As `compute_logprobs` without routes, and the routes of each sequence."""
@@ -141,7 +146,7 @@ class Policy:
         if not sequences:
             return [], []
         with self._routing.recording(sequences) as (forward_context, routes):
-            logprobs = self._forward_logprobs(sequences, forward_context)
+            logprobs = self._forward_logprobs(sequences, [forward_context])
         return logprobs, routes
 
     def routing_disagreement(self) -> float:
@@ -152,7 +157,7 @@ class Policy:
 
     @torch.no_grad()
     def _forward_logprobs(
-        self, sequences: Sequence[LossSequence], forward_context: ForwardContext | None
+        self, sequences: Sequence[LossSequence], forward_contexts: Sequence[ForwardContext]
     ) -> list[Tensor]:
         budget = self._batch.tokens_per_logprob_batch or 2 * self._batch.tokens_per_micro_batch
         micro_batches = plan_rank_micro_batches(sequences, self._schedule, budget)
@@ -180,7 +185,7 @@ class Policy:
             micro_batches,
             collect,
             forward_only=True,
-            forward_context=forward_context,
+            forward_contexts=forward_contexts,
         )
         for model in self._models:
             model.train()
@@ -212,16 +217,21 @@ class Policy:
             return objective.evaluate(logprobs, entropy.detach(), tokens, sequences)
 
         zero_gradients(self._models, self._optimizer)
-        with self._replaying(sequences, backward=True) as forward_context:
+        with (
+            self._replaying(sequences, backward=True) as replaying,
+            self._balancing(sequences) as balancing,
+        ):
             parts = run_schedule(
                 self._schedule,
                 micro_batches,
                 compute,
                 forward_only=False,
-                forward_context=forward_context,
+                forward_contexts=[*replaying, *balancing],
             )
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
+        if self._balance:
+            metrics |= self._balance.metrics()
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
         set_learning_rate(self._optimizer, self._optim, lr)
         norm = gradient_norm(self._optimizer)
@@ -229,17 +239,30 @@ class Policy:
         skipped = _not_finite(metrics, grad_norm)
         if skipped is None:
             apply_gradients(self._optimizer, self._optim, norm)
+            if self._balance:
+                self._balance.update_biases()
             self.updates += 1
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
 
+    @contextmanager
     def _replaying(
         self, sequences: Sequence[LossSequence], *, backward: bool
-    ) -> AbstractContextManager[ForwardContext | None]:
+    ) -> Iterator[list[ForwardContext]]:
         if sequences[0].routes is None:
-            return nullcontext()
+            yield []
+            return
         assert self._routing is not None, "routes, but algorithm.routing_replay is none"
-        return self._routing.replaying(sequences, backward=backward)
+        with self._routing.replaying(sequences, backward=backward) as forward_context:
+            yield [forward_context]
+
+    @contextmanager
+    def _balancing(self, sequences: Sequence[LossSequence]) -> Iterator[list[ForwardContext]]:
+        if self._balance is None:
+            yield []
+            return
+        with self._balance.training(sequences) as forward_context:
+            yield [forward_context]
 
     def write_weights(self, view: Callable[[str], Tensor]) -> None:
         """Write the model into full Hugging Face tensors; on return all ranks have written."""

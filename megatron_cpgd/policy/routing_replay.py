@@ -9,7 +9,6 @@ router keeps its gradient (arXiv:2510.11370).
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,14 +16,19 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cpgd.data.packing import token_index
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.policy.schedule import ForwardContext, local_positions
+from megatron_cpgd.policy.routers import (
+    MicroBatchQueue,
+    count_moe_layers,
+    find_routers,
+    router_order,
+)
+from megatron_cpgd.policy.schedule import ForwardContext
 from megatron_cpgd.types import LossSequence, MicroBatch
 
 PIECE_BYTES = 64 << 20
@@ -44,6 +48,8 @@ class LayerRouting:
         self.column = column
         self.choose: Callable[[Tensor], Tensor] | None = None
         """[tokens, top_k] of the router's own choice -> the experts to take; None: those."""
+        self.own: Tensor | None = None
+        """[tokens, top_k] of the router's own choice for the latest micro-batch."""
 
     def get_replay_topk(
         self,
@@ -56,6 +62,7 @@ class LayerRouting:
         """Upstream's name: scores [tokens, experts] -> scores and numbers [tokens, top_k]."""
         with torch.no_grad():
             _, experts = default_compute_topk(scores, topk, num_groups, group_topk)
+            self.own = experts
             if self.choose is not None:
                 experts = self.choose(experts)
             # The best first, as upstream has them where gradients are computed. The gates are
@@ -66,8 +73,11 @@ class LayerRouting:
         return scores.gather(1, experts), experts
 
 
-class LayerReplay:
-    """The routes of one layer during one pass over a batch, instead of the router's choice."""
+class LayerReplay(MicroBatchQueue[Tensor]):
+    """The routes of one layer during one pass over a batch, instead of the router's choice.
+
+    Items: [tokens, top_k], -1 where there is none.
+    """
 
     def __init__(self, disagreement: Tensor) -> None:
         """
@@ -75,44 +85,19 @@ class LayerReplay:
             disagreement: [2] int64; forward passes add the routes that are not the router's own
                 choice, and all of them.
         """
+        super().__init__()
         self._disagreement = disagreement
-        self._forward: Tensor | None = None
-        self._backward: deque[Tensor] = deque()
-        self.forwards = 0
-        self.recomputed = 0
-
-    def start_forward(self, routes: Tensor, *, backward: bool) -> None:
-        """The next choice is that of a micro-batch's forward pass.
-
-        Args:
-            routes: [tokens, top_k], -1 where there is none.
-            backward: a backward pass follows, which may recompute the layer. In every schedule a
-                chunk's backward passes have the order of its forward passes.
-        """
-        assert self._forward is None, "the forward pass before has left its routes"
-        self._forward = routes
-        self.forwards += 1
-        if backward:
-            self._backward.append(routes)
 
     def __call__(self, own: Tensor) -> Tensor:
         """`LayerRouting.choose`."""
-        recomputes = self._forward is None
-        routes = self._backward.popleft() if recomputes else self._forward
-        self._forward = None
-        self.recomputed += recomputes
-        assert routes is not None and routes.shape == own.shape
+        routes, recomputes = self.take()
+        assert routes.shape == own.shape
         routes = routes.to(own)
         known = (routes >= 0).all(dim=1)
         if not recomputes:
             differs = (routes.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
             self._disagreement += torch.stack([(differs & known).sum(), known.sum()])
         return torch.where(known[:, None], routes, own)
-
-    def finish(self) -> None:
-        """The pass is over: every forward pass took its routes, every recomputation too."""
-        assert self._forward is None, "the last forward pass has left its routes"
-        assert self.recomputed in (0, self.forwards), f"{self.recomputed=} {self.forwards=}"
 
 
 class RoutingReplay:
@@ -122,20 +107,15 @@ class RoutingReplay:
         self, models: Sequence[torch.nn.Module], config: TransformerConfig, info: ParallelInfo
     ) -> None:
         """Take over the choice of every router."""
-        assert isinstance(config.moe_layer_freq, list) and config.moe_router_topk is not None
-        moe_layers = [i for i, has_experts in enumerate(config.moe_layer_freq) if has_experts]
-        self._shape = (len(moe_layers), config.moe_router_topk)
+        self._shape = (count_moe_layers(config), config.moe_router_topk)
         self._info = info
         self._disagreement = torch.zeros(2, dtype=torch.int64, device=device.current())
         self._layers: dict[torch.nn.Module, list[LayerRouting]] = {}
-        for model in models:
+        for model, routers in find_routers(models, config).items():
             self._layers[model] = []
-            for module in model.modules():
-                if isinstance(module, TopKRouter):
-                    assert module.layer_number is not None  # counts from 1 over all layers
-                    routing = LayerRouting(moe_layers.index(module.layer_number - 1))
-                    module.router_replay = routing
-                    self._layers[model].append(routing)
+            for column, router in routers:
+                router.router_replay = LayerRouting(column)
+                self._layers[model].append(router.router_replay)
 
     @contextmanager
     def replaying(
@@ -182,7 +162,7 @@ class RoutingReplay:
             routings = self._layers[model]
             if not routings:
                 return
-            rows = self._local_order(token_index(batch, starts), batch)
+            rows = router_order(token_index(batch, starts), batch, self._info)
             real = rows >= 0
             experts = torch.stack([chosen.pop(routing) for routing in routings], dim=1)
             columns = torch.tensor([routing.column for routing in routings])
@@ -227,18 +207,8 @@ class RoutingReplay:
             starts[i] = total
             total += len(routes)
         none = torch.full((1, len(columns), self._shape[1]), -1, dtype=torch.int16)
-        rows = self._local_order(token_index(batch, starts), batch)
+        rows = router_order(token_index(batch, starts), batch, self._info)
         return torch.cat([*parts, none])[rows].to(device.current())  # padding: -1, the last row
-
-    def _local_order(self, values: Tensor, batch: MicroBatch) -> Tensor:
-        """[B, S] of a micro-batch -> [tokens] in the order in which this rank's routers see them.
-
-        Hidden states are [S / cp, B, H], and with sequence parallelism cut along S over TP.
-        """
-        local = values[:, local_positions(batch, self._info)].T
-        if self._info.sequence_parallel:
-            local = local.chunk(self._info.tp_size)[self._info.tp_rank]
-        return local.reshape(-1)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def test_without_a_pass_the_router_chooses():
 
 def test_routes_that_no_forward_pass_took_are_an_error():
     _, replay, _ = replaying([[2, 4], [1, 3]])
-    with pytest.raises(AssertionError, match="left its routes"):
+    with pytest.raises(AssertionError, match="did not ask"):
         replay.finish()
 
 
