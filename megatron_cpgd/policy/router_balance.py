@@ -231,8 +231,9 @@ class RouterBalance:
         if not loss.requires_grad:
             return logits
         # DDP averages over the ranks that hold the same parameters; the losses are sums.
-        attach: Any = AddedLoss.apply
-        with_loss: Tensor = attach(logits, loss * self._info.replica_size)
+        with_loss: Tensor = AddedLoss.apply(  # type: ignore[no-untyped-call]
+            logits, loss * self._info.replica_size
+        )
         return with_loss
 
     def _local_tokens(self, batch: MicroBatch) -> RouterTokens:

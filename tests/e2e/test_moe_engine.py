@@ -7,6 +7,7 @@ CPU, so responses are checked as they come.
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import WeightSyncError
@@ -24,7 +25,14 @@ from tests.helpers.engines import (
     start_lab,
     write_arena,
 )
-from tests.helpers.tiny_moe_engine import MOE_LAYERS, NUM_EXPERTS, TOP_K, moe_config, router_choices
+from tests.helpers.tiny_moe_engine import (
+    MOE_LAYERS,
+    NUM_EXPERTS,
+    TOP_K,
+    biased_config,
+    moe_config,
+    router_choices,
+)
 
 ENGINE_ARGS = {"kv_cache_memory_bytes": 32 << 20, "max_num_seqs": 32}
 CHUNKED = ENGINE_ARGS | {"enable_chunked_prefill": True, "max_num_batched_tokens": 64}
@@ -52,7 +60,11 @@ def lab(engine_lab):
 
 
 def differing_entries(
-    lab: Lab, which: str, prompts: list[list[int]], groups: list[list[Rollout]]
+    lab: Lab,
+    which: str,
+    prompts: list[list[int]],
+    groups: list[list[Rollout]],
+    layers: int = len(MOE_LAYERS),
 ) -> tuple[int, int]:
     """(token, layer) places whose set of experts is not that of transformers' router; and all."""
     wrong = total = 0
@@ -60,7 +72,7 @@ def differing_entries(
         for rollout in group:
             tokens = prompt + rollout.token_ids
             expected = router_choices(lab.models[which], tokens)
-            assert expected.shape == (len(tokens) - 1, len(MOE_LAYERS), TOP_K)
+            assert expected.shape == (len(tokens) - 1, layers, TOP_K)
             wrong += count_differing(rollout.routes.tensor(), expected)
             total += expected.shape[0] * expected.shape[1]
     return wrong, total
@@ -156,3 +168,24 @@ def test_tensor_parallel_workers_return_the_same_routes(engine_lab, tmp_path):
         assert differing_entries(two, "B", LONG, groups)[0] == 0
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_a_refreshed_selection_bias_has_the_routes_of_transformers(tmp_path):
+    lab = start_lab(tmp_path, biased_config(), engine_args=ENGINE_ARGS, return_routes=True)
+    try:
+        biases = [b for n, b in lab.models["A"].named_buffers() if n.endswith("correction_bias")]
+        for spread in (0.0, 0.5, -0.5):
+            for bias in biases:
+                bias.copy_(torch.linspace(-spread, spread, NUM_EXPERTS))
+            before = lab.generate(ROUTED) if lab.version else []
+            lab.publish("A")
+            groups = lab.generate(ROUTED)
+            assert logprob_error(lab.models["A"], PROMPTS, groups) < TOLERANCE
+            wrong, total = differing_entries(lab, "A", PROMPTS, groups, layers=len(biases))
+            assert (wrong, total) == (0, 3 * (16 + 4 * 19) * len(biases))
+            if before:  # with the bias of the refresh before
+                wrong, _ = differing_entries(lab, "A", PROMPTS, before, layers=len(biases))
+                assert wrong > 0.5 * total
+    finally:
+        lab.engine.close()

@@ -66,7 +66,8 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         weights |= split_experts(name, parameter.detach())
-    return weights
+    buffers = dict(model.named_buffers())
+    return weights | {name: buffers[name] for name in buffers if name.endswith("correction_bias")}
 
 
 def write_arena(path: Path, weights: dict[str, Tensor]) -> Path:

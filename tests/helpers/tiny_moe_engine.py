@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from transformers import Glm4MoeConfig, Qwen3MoeConfig
 
 MOE_LAYERS = [0, 2, 3]
 NUM_EXPERTS = 8
@@ -32,6 +32,26 @@ def moe_config(**changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**(sizes | changes))
 
 
+def biased_config() -> Glm4MoeConfig:
+    """Three layers, the first one dense; the routers have a selection bias."""
+    return Glm4MoeConfig(
+        vocab_size=67,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        n_routed_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        routed_scaling_factor=1.5,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+
+
 def split_experts(name: str, parameter: Tensor) -> dict[str, Tensor]:
     """A parameter by its names in a checkpoint, where every expert has its own tensors.
 
@@ -54,10 +74,21 @@ def split_experts(name: str, parameter: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def router_choices(model: nn.Module, token_ids: list[int]) -> Tensor:
-    """[L - 1, MoE layers, top_k] as the router modules return them, the best expert first."""
+    """[L - 1, MoE layers, top_k] as the router modules return them, the best expert first.
+
+    Those with a selection bias return logits.
+    """
     chosen: list[Tensor] = []
+
+    def note(gate: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            chosen.append(output[2])
+        else:
+            scores = output.sigmoid() + gate.e_score_correction_bias
+            chosen.append(scores.topk(TOP_K, dim=1).indices)
+
     hooks = [
-        module.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+        module.register_forward_hook(note)
         for name, module in model.named_modules()
         if name.endswith("mlp.gate")
     ]

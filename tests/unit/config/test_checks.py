@@ -215,6 +215,15 @@ def test_what_cannot_replay_routes_is_named(run_yaml, overrides, start):
     assert [problem.startswith(start) for problem in problems] == [True] * (start is not None)
 
 
+@pytest.mark.parametrize("setting", ["router.aux_loss_coef=0.001", "router.z_loss_coef=0.001"])
+def test_routers_are_not_balanced_inside_captured_layers(run_yaml, setting):
+    folder = write_model_folder(run_yaml.parent / "experts", num_experts=8)
+    graph = "model.megatron={cuda_graph_impl: local}"
+    assert problems_of(run_yaml, f"model.path={folder}", graph) == []
+    (problem,) = problems_of(run_yaml, f"model.path={folder}", graph, setting)
+    assert problem.startswith("model.megatron.cuda_graph_impl=local repeats a captured pass")
+
+
 def test_a_data_file_of_another_kind_is_refused(run_yaml):
     csv = run_yaml.parent / "train.csv"
     csv.touch()

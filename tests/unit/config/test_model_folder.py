@@ -71,12 +71,29 @@ def test_experts_under_tensor_parallel_need_sequence_parallel(check):
 
 
 @pytest.mark.parametrize(
-    "setting", ["parallel.ep=2", "parallel.etp=2", "algorithm.routing_replay=rollout"]
+    "setting",
+    [
+        "parallel.ep=2",
+        "parallel.etp=2",
+        "algorithm.routing_replay=rollout",
+        "router.aux_loss_coef=0.001",
+        "router.z_loss_coef=0.001",
+    ],
 )
 def test_a_setting_of_experts_is_refused_for_a_dense_model(check, setting):
     (problem,) = check(setting)
     assert problem.startswith(f"{setting}: ") and "has no experts" in problem
     assert check(setting, **EXPERTS) == []
+
+
+def test_a_bias_to_update_is_one_that_the_routers_have(check):
+    rate = "router.bias_update_rate=0.001"
+    (dense,) = check(rate)
+    assert dense.startswith(f"{rate}: ") and "has no experts; set router.bias_upd" in dense
+    (problem,) = check(rate, **EXPERTS)
+    assert problem.startswith(f"{rate}: the routers of ") and "(qwen3_moe) have no sel" in problem
+    glm = {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"]}
+    assert check(rate, **EXPERTS | glm) == []
 
 
 def test_prompt_and_response_fit_the_position_range(check):

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
+from megatron_cpgd.config.model_folder import CORRECTION_BIAS
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
-from megatron_cpgd.weights.registry import weight_table
+from megatron_cpgd.weights.registry import read_decoder, weight_table
 
 BASE = {
     "hidden_size": 48,
@@ -89,6 +90,14 @@ def test_table_has_exactly_the_tensors_that_transformers_saves(model: str, tmp_p
     assert table.hf_shapes == saved
     with HfCheckpoint.open(tmp_path) as checkpoint:
         checkpoint.check(table)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_settings_know_whether_routers_have_a_selection_bias(model: str) -> None:
+    config_class, options = MODELS[model]
+    hf = config_class(**BASE | options).to_dict()
+    experts = read_decoder(hf).experts
+    assert (hf["model_type"] in CORRECTION_BIAS) == bool(experts and experts.score_correction)
 
 
 def test_tensors_come_in_layer_order() -> None:
