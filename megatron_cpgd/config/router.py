@@ -6,8 +6,9 @@ from megatron_cpgd.config.base import Config
 
 
 class RouterConfig(Config):
-    """Load balancing of a mixture of experts while it is trained, off by default; equations in
-    docs/architecture.md. The live routers count, also where routes are replayed."""
+    """Load balancing of a mixture of experts while it is trained, off by default, whatever
+    config.json says; equations in docs/architecture.md. The live routers count, also where routes
+    are replayed."""
 
     aux_loss_coef: float = Field(0.0, ge=0)
     """Coefficient of the sequence-wise auxiliary loss (DeepSeek-V3, arXiv:2412.19437, Eq. 17); the

@@ -231,7 +231,7 @@ class Policy:
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
         if self._balance:
-            metrics |= self._balance.metrics()
+            metrics |= self._balance.reduce()
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
         set_learning_rate(self._optimizer, self._optim, lr)
         norm = gradient_norm(self._optimizer)

@@ -123,9 +123,10 @@ class RouterBalance:
                 layer.router.routing = partial(self._route, layer)
         shape = (count_moe_layers(config), config.num_moe_experts)
         self._loads = torch.zeros(shape, dtype=torch.int64, device=device.current())
-        """[MoE layers, experts] tokens of the latest mini-batch that the routers chose them for."""
+        """[MoE layers, experts] tokens of the latest mini-batch that a router chose an expert for;
+        of this rank until `reduce`."""
         self._losses = torch.zeros(2, dtype=torch.float64, device=device.current())
-        """Sums of both losses over the latest mini-batch and all layers."""
+        """Sums of both losses over the latest mini-batch and all layers; as the loads."""
         self._num_sequences = self._num_tokens = 0
 
     @contextmanager
@@ -159,9 +160,11 @@ class RouterBalance:
         for queue in queues:
             queue.finish()
 
-    def metrics(self) -> dict[str, float]:
-        """Of the latest mini-batch. Collective over the world."""
-        # Each token of each layer was at one router.
+    def reduce(self) -> dict[str, float]:
+        """Loads and losses of the latest mini-batch over all ranks; returns the metrics.
+
+        Collective over the world: each token of each layer was at one router.
+        """
         dist.all_reduce(self._loads)
         dist.all_reduce(self._losses)
         aux, z = (self._losses / len(self._loads)).tolist()
@@ -178,7 +181,7 @@ class RouterBalance:
 
     @torch.no_grad()
     def update_biases(self) -> None:
-        """Make experts that the latest mini-batch overloaded less attractive; after `metrics`."""
+        """Make experts that the latest mini-batch overloaded less attractive; after `reduce`."""
         rate = self._settings.bias_update_rate
         if rate == 0:
             return
@@ -202,12 +205,10 @@ class RouterBalance:
             logits = self._with_losses(logits.flatten(0, 1), tokens).view_as(logits)
         gates, chosen = layer.route(logits, padding_mask)
         if not recomputes:
-            if layer.router.router_replay is not None:  # `chosen` may be replayed
-                own = layer.router.router_replay.own
-                chosen_by_itself = torch.zeros_like(chosen).scatter(1, own, True)
-            else:
-                chosen_by_itself = chosen
-            self._loads[layer.column] += (chosen_by_itself & tokens.real[:, None]).sum(dim=0)
+            own, replay = chosen, layer.router.router_replay
+            if replay is not None:  # what was chosen may be replayed
+                own = torch.zeros_like(chosen).scatter(1, replay.own, True)
+            self._loads[layer.column] += (own & tokens.real[:, None]).sum(dim=0)
         return gates, chosen
 
     def _with_losses(self, logits: Tensor, tokens: RouterTokens) -> Tensor:

@@ -123,6 +123,7 @@ def check(lab: Lab, parallel: dict[str, Any], **sections: Any) -> None:
     }
     for result in results:
         assert result["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert torch.equal(result["loads"], lab.expected.loads)
         found = {name: value for name, value in result["metrics"].items() if name in expected}
         assert found == pytest.approx(expected, rel=1e-5)
     exported = [lab.initial[name] + change[name] for name in sorted(change) if name.endswith(BIAS)]

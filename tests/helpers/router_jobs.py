@@ -26,6 +26,7 @@ def balance_job(
         "skipped": result.skipped,
         "grad_norm": result.grad_norm,
         "metrics": result.metrics,
+        "loads": policy._balance._loads,
         "biases": biases(policy),
     }
 
@@ -44,8 +45,8 @@ def upstream_job(config: ExperimentConfig, sequences: list[LossSequence], weight
 def life_of_a_bias_job(
     config: ExperimentConfig, sequences: list[LossSequence], checkpoint: Path
 ) -> tuple[dict[str, dict[int, Tensor]], list[int]]:
-    """The selection biases after each of the things that a policy does, and in the end the number
-    of choices that each layer has counted."""
+    """The selection biases after each of the things that a policy does, and the number of choices
+    that each layer has counted in the last step."""
     policy = build_policy(config)
     after = {"start": biases(policy)}
     policy.compute_logprobs(sequences)
