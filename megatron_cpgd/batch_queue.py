@@ -46,10 +46,10 @@ class BatchQueue:
         """The batch of a step; the engine holds the weights after the step before."""
         assert self._ahead is None, "finish the sampling of the step before"
         waiting = min(self._staleness, self._last_step - step)
-        self._fill(1 if self._thread else 1 + waiting, step - 1, timer)
+        self._fill(step, 1 if self._thread else 1 + waiting, timer, version=step - 1)
         batch = self._batches.popleft()
         if self._thread:
-            self._ahead = self._thread.submit(self._fill_ahead, waiting, step - 1)
+            self._ahead = self._thread.submit(self._fill_ahead, step + 1, waiting)
         return batch
 
     def finish(self, timer: StepTimer) -> dict[str, float]:
@@ -70,14 +70,16 @@ class BatchQueue:
         if self._thread:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self, count: int, version: int, timer: StepTimer) -> None:
+    def _fill(self, step: int, count: int, timer: StepTimer, *, version: int) -> None:
+        """Wait with `count` batches, the first for `step`."""
         while len(self._batches) < count:
-            self._batches.append(self._sampler.sample(version=version, timer=timer))
+            trained = step + len(self._batches)
+            self._batches.append(self._sampler.sample(step=trained, version=version, timer=timer))
 
-    def _fill_ahead(self, count: int, version: int) -> float:
-        """As `_fill`, in the background; returns the seconds."""
+    def _fill_ahead(self, step: int, count: int) -> float:
+        """As `_fill` before the weights of the step before are there; returns the seconds."""
         timer = StepTimer()
-        self._fill(count, version, timer)
+        self._fill(step, count, timer, version=step - 2)
         return timer.finish_step()["time/total_s"]
 
     def clear(self) -> None:

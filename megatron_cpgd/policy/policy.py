@@ -1,8 +1,8 @@
 """The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from megatron_cpgd.policy.optimizer import (
 )
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.reference import ReferenceWeights
-from megatron_cpgd.policy.routing_replay import RoutingReplay
+from megatron_cpgd.policy.routing_replay import RouteAgreement, RouteComparison, RoutingReplay
 from megatron_cpgd.policy.schedule import (
     ForwardContext,
     LocalTokens,
@@ -115,7 +115,8 @@ class Policy:
             or (transformer.moe_token_dispatcher_type == "allgather" and spreads_experts),
         )
         self._routing: RoutingReplay | None = None
-        if config.algorithm.routing_replay != "none":
+        self._comparison: RouteComparison | None = None
+        if config.algorithm.routing_replay != "none" or config.needs_rollout_routes:
             self._routing = RoutingReplay(self._models, transformer, info)
         self._reference: ReferenceWeights | None = None
         if config.reference_path is not None:
@@ -128,31 +129,49 @@ class Policy:
         self.lr_scale = 1.0
         """Factor of the learning rate; each roll back makes it smaller."""
 
-    def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
-        """[T] float32 CPU log-probs of each sequence's response under the current weights."""
+    def compute_logprobs(
+        self, sequences: Sequence[LossSequence], *, compare_with: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """[T] float32 CPU log-probs of each sequence's response under the current weights.
+
+        Args:
+            compare_with: routes of each sequence; `route_agreement` then compares the routers' own
+                choices with them. That changes no bit of the log-probs.
+        """
         if not sequences:  # on every rank: they all have the same list
             return []
-        with self._replaying(sequences, backward=False) as forward_context:
-            return self._forward_logprobs(sequences, forward_context)
+        with (
+            self._replaying(sequences, backward=False) as replaying,
+            self._comparing(compare_with) as comparing,
+        ):
+            return self._forward_logprobs(sequences, [*replaying, *comparing])
 
-    def record_routes(self, sequences: Sequence[LossSequence]) -> tuple[list[Tensor], list[Tensor]]:
+    def record_routes(
+        self, sequences: Sequence[LossSequence], *, compare_with: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """As `compute_logprobs` without routes, and the routes of each sequence."""
-        assert self._routing is not None, "algorithm.routing_replay is none"
         if not sequences:
             return [], []
-        with self._routing.recording(sequences) as (forward_context, routes):
-            logprobs = self._forward_logprobs(sequences, forward_context)
+        with (
+            self._routers.recording(sequences) as (recording, routes),
+            self._comparing(compare_with) as comparing,
+        ):
+            logprobs = self._forward_logprobs(sequences, [recording, *comparing])
         return logprobs, routes
 
-    def routing_disagreement(self) -> float:
-        """Of the latest pass with routes: the share of (token, MoE layer) with a route that is
-        another set of experts than the router's own choice; NaN without routes."""
-        assert self._routing is not None, "algorithm.routing_replay is none"
-        return self._routing.disagreement()
+    def route_agreement(self) -> RouteAgreement:
+        """Of the latest pass with `compare_with`."""
+        assert self._comparison is not None, "no pass has compared routes"
+        return self._comparison.agreement()
+
+    def fallback_frac(self) -> float:
+        """Of the latest pass with routes: the share of (token, MoE layer) without one, which were
+        left to the routers; neither padding nor the last token of a sequence counts."""
+        return self._routers.fallback_frac()
 
     @torch.no_grad()
     def _forward_logprobs(
-        self, sequences: Sequence[LossSequence], forward_context: ForwardContext | None
+        self, sequences: Sequence[LossSequence], forward_contexts: Sequence[ForwardContext]
     ) -> list[Tensor]:
         budget = self._batch.tokens_per_logprob_batch or 2 * self._batch.tokens_per_micro_batch
         micro_batches = plan_rank_micro_batches(sequences, self._schedule, budget)
@@ -180,7 +199,7 @@ class Policy:
             micro_batches,
             collect,
             forward_only=True,
-            forward_context=forward_context,
+            forward_contexts=forward_contexts,
         )
         for model in self._models:
             model.train()
@@ -212,16 +231,18 @@ class Policy:
             return objective.evaluate(logprobs, entropy.detach(), tokens, sequences)
 
         zero_gradients(self._models, self._optimizer)
-        with self._replaying(sequences, backward=True) as forward_context:
+        with self._replaying(sequences, backward=True) as forward_contexts:
             parts = run_schedule(
                 self._schedule,
                 micro_batches,
                 compute,
                 forward_only=False,
-                forward_context=forward_context,
+                forward_contexts=forward_contexts,
             )
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
+        if forward_contexts:
+            metrics["routing/fallback_frac"] = self.fallback_frac()
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
         set_learning_rate(self._optimizer, self._optim, lr)
         norm = gradient_norm(self._optimizer)
@@ -233,13 +254,30 @@ class Policy:
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
 
+    @property
+    def _routers(self) -> RoutingReplay:
+        assert self._routing is not None, "neither routing_replay nor routing_every is set"
+        return self._routing
+
+    @contextmanager
     def _replaying(
         self, sequences: Sequence[LossSequence], *, backward: bool
-    ) -> AbstractContextManager[ForwardContext | None]:
+    ) -> Iterator[list[ForwardContext]]:
+        """The context of each forward pass if the sequences have routes."""
         if sequences[0].routes is None:
-            return nullcontext()
-        assert self._routing is not None, "routes, but algorithm.routing_replay is none"
-        return self._routing.replaying(sequences, backward=backward)
+            yield []
+            return
+        with self._routers.replaying(sequences, backward=backward) as forward_context:
+            yield [forward_context]
+
+    @contextmanager
+    def _comparing(self, routes: Sequence[Tensor] | None) -> Iterator[list[ForwardContext]]:
+        """The context of each forward pass if there are routes to compare with."""
+        if routes is None:
+            yield []
+            return
+        with self._routers.comparing(routes) as (forward_context, self._comparison):
+            yield [forward_context]
 
     def write_weights(self, view: Callable[[str], Tensor]) -> None:
         """Write the model into full Hugging Face tensors; on return all ranks have written."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +88,7 @@ def run_schedule(
     function: MicroBatchFunction,
     *,
     forward_only: bool,
-    forward_context: ForwardContext | None = None,
+    forward_contexts: Sequence[ForwardContext] = (),
 ) -> list[Any]:
     """Results of `function` for each micro-batch; empty but on the last pipeline stage.
 
@@ -101,7 +101,7 @@ def run_schedule(
     iterators = [iter(micro_batches) for _ in schedule.models]
     rows, length = micro_batches[0].input_ids.shape
     results: list[Any] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, schedule, function, scale, forward_context),
+        forward_step_func=partial(_forward_step, schedule, function, scale, forward_contexts),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=schedule.models if len(schedule.models) > 1 else schedule.models[0],
         num_microbatches=len(micro_batches),
@@ -116,14 +116,16 @@ def _forward_step(
     schedule: Schedule,
     function: MicroBatchFunction,
     scale: int,
-    forward_context: ForwardContext | None,
+    forward_contexts: Sequence[ForwardContext],
     iterator: Iterator[MicroBatch],
     model: torch.nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
     """Megatron's forward_step_func."""
     batch = next(iterator)
     local = _local_tokens(batch, schedule.info)
-    with forward_context(model, batch) if forward_context else nullcontext():
+    with ExitStack() as stack:
+        for context in forward_contexts:
+            stack.enter_context(context(model, batch))
         output = model(
             local["input_ids"],
             local["position_ids"],

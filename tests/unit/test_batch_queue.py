@@ -19,9 +19,12 @@ class CountingSampler:
 
     def __init__(self) -> None:
         self.batches = 0
+        self.steps: list[int] = []
+        """For which each batch was said to be."""
 
-    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         self.batches += 1
+        self.steps.append(step)
         rollouts = [
             Rollout(
                 token_ids=[5, 6], logprobs=[-0.1, -1e-7 / 3], finish_reason="stop",
@@ -58,6 +61,7 @@ def test_a_step_trains_on_what_the_weights_so_many_steps_before_have_sampled(sta
     queue = BatchQueue(sampler, staleness=staleness, last_step=5)
     taken = [number_and_version(queue.take(step, StepTimer())) for step in range(1, 6)]
     assert taken == list(zip([1, 2, 3, 4, 5], versions, strict=True))
+    assert sampler.steps == [1, 2, 3, 4, 5]
     assert sampler.batches == 5, "nothing is sampled that no step trains on"
 
 
@@ -139,7 +143,9 @@ def test_without_staleness_a_checkpoint_needs_no_file():
 
 
 def test_after_clear_the_next_step_samples_with_the_weights_of_now():
-    queue = BatchQueue(CountingSampler(), staleness=2, last_step=9)
+    sampler = CountingSampler()
+    queue = BatchQueue(sampler, staleness=2, last_step=9)
     queue.take(1, StepTimer())
     queue.clear()
     assert number_and_version(queue.take(2, StepTimer())) == (4, 1)
+    assert sampler.steps == [1, 2, 3, 2, 3, 4]

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_cpgd"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METRIC = re.compile(
-    r"(policy|rollout|reward|reference|stability|weights|eval|perf|time)/[a-z0-9_<>/]+"
+    r"(policy|rollout|routing|reward|reference|stability|weights|eval|perf|time)/[a-z0-9_<>/]+"
 )
 SHOWN_ONLY = {"policy/clip_frac"}
 """Made for the terminal from two others; in no row of metrics.jsonl."""
