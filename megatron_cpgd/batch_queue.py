@@ -46,10 +46,10 @@ class BatchQueue:
         """The batch of a step; the engine holds the weights after the step before."""
         assert self._ahead is None, "finish the sampling of the step before"
         waiting = min(self._staleness, self._last_step - step)
-        self._fill(step, 1 if self._thread else 1 + waiting, timer, version=step - 1)
+        self._fill(step, 1 if self._thread else 1 + waiting, step - 1, timer)
         batch = self._batches.popleft()
         if self._thread:
-            self._ahead = self._thread.submit(self._fill_ahead, step + 1, waiting)
+            self._ahead = self._thread.submit(self._fill_ahead, step + 1, waiting, step - 1)
         return batch
 
     def finish(self, timer: StepTimer) -> dict[str, float]:
@@ -70,16 +70,16 @@ class BatchQueue:
         if self._thread:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self, step: int, count: int, timer: StepTimer, *, version: int) -> None:
-        """Wait with `count` batches, the first for `step`."""
+    def _fill(self, step: int, count: int, version: int, timer: StepTimer) -> None:
+        """Have `count` batches wait, the first of them for `step`."""
         while len(self._batches) < count:
-            trained = step + len(self._batches)
-            self._batches.append(self._sampler.sample(step=trained, version=version, timer=timer))
+            trains = step + len(self._batches)
+            self._batches.append(self._sampler.sample(step=trains, version=version, timer=timer))
 
-    def _fill_ahead(self, step: int, count: int) -> float:
-        """As `_fill` before the weights of the step before are there; returns the seconds."""
+    def _fill_ahead(self, step: int, count: int, version: int) -> float:
+        """As `_fill`, in the background; returns the seconds."""
         timer = StepTimer()
-        self._fill(step, count, timer, version=step - 2)
+        self._fill(step, count, version, timer)
         return timer.finish_step()["time/total_s"]
 
     def clear(self) -> None:

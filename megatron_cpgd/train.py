@@ -140,7 +140,7 @@ def _measure_routing(run: Run, sequences: list[TrainSequence]) -> dict[str, floa
     The pass of the old policy, if there was one, is one of the two.
     """
     routes = rollout_routes(sequences)
-    if routes is None:  # no response, or a batch that waited while the setting was changed
+    if routes is None:  # the filter has left no response
         return {}
     config = run.config.algorithm
     done: dict[bool, RoutedPass] = {}

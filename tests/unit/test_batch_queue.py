@@ -89,11 +89,13 @@ def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
 def test_in_the_background_the_same_batches_are_sampled_as_before_the_step(staleness):
     both = []
     for overlap in (False, True):
-        queue = BatchQueue(CountingSampler(), staleness=staleness, last_step=5, overlap=overlap)
+        sampler = CountingSampler()
+        queue = BatchQueue(sampler, staleness=staleness, last_step=5, overlap=overlap)
         timer, taken = StepTimer(), []
         for step in range(1, 6):
             taken.append(number_and_version(queue.take(step, timer)))
             queue.finish(timer)
+        assert sampler.steps == [1, 2, 3, 4, 5]
         both.append(taken)
     assert both[0] == both[1]
 
@@ -105,10 +107,10 @@ class HeldSampler(CountingSampler):
         super().__init__()
         self.may_go_on = threading.Event()
 
-    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         if self.batches > 0:
             assert self.may_go_on.wait(10)
-        return super().sample(version=version, timer=timer)
+        return super().sample(step=step, version=version, timer=timer)
 
 
 def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
@@ -125,10 +127,10 @@ def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
 
 def test_an_error_in_the_background_is_raised_where_the_step_waits():
     class FailingSampler(CountingSampler):
-        def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+        def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
             if self.batches == 1:
                 raise RolloutError("the engine died")
-            return super().sample(version=version, timer=timer)
+            return super().sample(step=step, version=version, timer=timer)
 
     queue = BatchQueue(FailingSampler(), staleness=1, last_step=9, overlap=True)
     queue.take(1, StepTimer())

@@ -95,7 +95,9 @@ def start(assets) -> Iterator:
     """start(script, ..., **algorithm) -> (sampler, engine, prompt stream)."""
     with ExitStack() as stack:
 
-        def build(script, per_step=2, model=assets, routing_every=None, **algorithm):
+        def build(
+            script, per_step=2, model=assets, routing_every=None, piece_tokens=None, **algorithm
+        ):
             config = ExperimentConfig.model_validate(
                 {
                     "run": {"dir": "unused", "steps": 1, "seed": 3},
@@ -105,6 +107,7 @@ def start(assets) -> Iterator:
                         "prompts_per_step": per_step,
                         "samples_per_prompt": G,
                         "max_response_tokens": MAX_TOKENS,
+                        "piece_tokens": piece_tokens,
                     },
                     "rewards": {"workers": 1, "functions": [{"type": "format", "pattern": "1.*"}]},
                     "algorithm": {"prompt_weight": {"type": "equal"}, **algorithm},
@@ -269,6 +272,15 @@ def test_routes_are_asked_for_in_the_steps_that_measure_them(start, experts):
         [*sequences] = train_sequences(sample(sampler, step=step))
         routed.append({sequence.rollout_routes is not None for sequence in sequences})
     assert routed == [{False}, {False}, {True}] * 2
+
+
+# It is not known yet whether the step that will train on a response measures.
+def test_of_responses_in_pieces_routes_are_always_asked_for(start, experts):
+    responses = [[text] for group in (FIRST, SECOND) * 4 for text in group]
+    sampler, _, _ = start(responses, model=experts, routing_every=3, piece_tokens=2)
+    for step in (1, 2):
+        for sequence in train_sequences(sample(sampler, step=step)):
+            assert sequence.rollout_routes is not None
 
 
 # Two layers with top-2, one byte each: 4 bytes for each token that was fed.
