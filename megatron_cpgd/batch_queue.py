@@ -46,10 +46,10 @@ class BatchQueue:
         """The batch of a step; the engine holds the weights after the step before."""
         assert self._ahead is None, "finish the sampling of the step before"
         waiting = min(self._staleness, self._last_step - step)
-        self._fill(1 if self._thread else 1 + waiting, step - 1, timer)
+        self._fill(step, 1 if self._thread else 1 + waiting, step - 1, timer)
         batch = self._batches.popleft()
         if self._thread:
-            self._ahead = self._thread.submit(self._fill_ahead, waiting, step - 1)
+            self._ahead = self._thread.submit(self._fill_ahead, step + 1, waiting, step - 1)
         return batch
 
     def finish(self, timer: StepTimer) -> dict[str, float]:
@@ -70,14 +70,16 @@ class BatchQueue:
         if self._thread:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self, count: int, version: int, timer: StepTimer) -> None:
+    def _fill(self, step: int, count: int, version: int, timer: StepTimer) -> None:
+        """Have `count` batches wait, the first of them for `step`."""
         while len(self._batches) < count:
-            self._batches.append(self._sampler.sample(version=version, timer=timer))
+            trains = step + len(self._batches)
+            self._batches.append(self._sampler.sample(step=trains, version=version, timer=timer))
 
-    def _fill_ahead(self, count: int, version: int) -> float:
+    def _fill_ahead(self, step: int, count: int, version: int) -> float:
         """As `_fill`, in the background; returns the seconds."""
         timer = StepTimer()
-        self._fill(count, version, timer)
+        self._fill(step, count, version, timer)
         return timer.finish_step()["time/total_s"]
 
     def clear(self) -> None:

@@ -27,7 +27,10 @@ def evaluate_model(config: ExperimentConfig, model_dir: Path, backend: Backend) 
     model = config.model.model_copy(update={"path": model_dir, "tokenizer": None})
     # Nothing is trained, so nobody asks the engine for routes, which would cost it memory.
     algorithm = config.algorithm.model_copy(update={"routing_replay": "none"})
-    config = config.model_copy(update={"model": model, "algorithm": algorithm})
+    tracking = config.tracking.model_copy(update={"routing_every": None})
+    config = config.model_copy(
+        update={"model": model, "algorithm": algorithm, "tracking": tracking}
+    )
     prompts = Prompts(config)
     with tempfile.TemporaryDirectory() as folder:
         engine = _build_engine(config, backend, Path(folder) / "engine.log")

@@ -79,7 +79,7 @@ class Sampler:
         self._prompts = prompts
         self.engine = engine
         self._routed_layers: list[int] | None = None
-        if config.algorithm.routing_replay == "rollout":
+        if config.needs_rollout_routes:
             with HfCheckpoint.open(config.model.path) as checkpoint:
                 self._routed_layers = read_decoder(checkpoint.config).moe_layers
         rollout = config.rollout
@@ -95,7 +95,7 @@ class Sampler:
             timeout_s=config.rewards.timeout_s,
         )
 
-    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         """The batch of one step, scored and filtered.
 
         With dynamic sampling, batches of prompts follow each other until there are enough groups of
@@ -103,17 +103,21 @@ class Sampler:
         groups, if an epoch ends in between.
 
         Args:
+            step: that trains on it.
             version: of the weights that produce it.
             timer: gets the parts `generate` and `score`.
         """
         rollout, limit = self._config.rollout, self._config.algorithm.filter.max_batches
         wanted = rollout.prompts_per_step
         sampled = SampledResponses(rollout.samples_per_prompt)
+        # A response in pieces does not know yet which step will train on it.
+        pieces = self.in_flight is not None and self._routed_layers is not None
+        routed = pieces or self._config.wants_rollout_routes(step)
         groups: list[RolloutGroup] = []
         kept: list[int] = []  # their places among all that were sampled
         while len(groups) < wanted and sampled.batches < (limit or 1):
             with timer("generate"):
-                new = self._next_groups(version)
+                new = self._next_groups(version, routed=routed)
             with timer("score"):
                 rewards = self._score(new)
             equal = sampled.add(new, rewards)
@@ -172,20 +176,20 @@ class Sampler:
         """End the workers."""
         self._rewards.close()
 
-    def _next_groups(self, version: int) -> list[RolloutGroup]:
+    def _next_groups(self, version: int, *, routed: bool) -> list[RolloutGroup]:
         """All responses to a batch of prompts, the next ones or the first that are finished."""
         rollout = self._config.rollout
         size = rollout.samples_per_prompt
         sampling = self._sampling(size, rollout.temperature, rollout.top_p, rollout.top_k)
-        if self._routed_layers is not None:
-            sampling = replace(sampling, return_routes=True)
+        sampling = replace(sampling, return_routes=routed)
         if self.in_flight is None:
             prompts, seed = self._next_prompts()
             chosen = [self._prompts.train[i] for i in prompts]
             groups = self._generate(chosen, sampling, seed=seed, version=version)
         else:
             groups = self._finished_groups(self.in_flight, sampling, version)
-        self._check_routes(groups)
+        if routed:
+            self._check_routes(groups)
         return groups
 
     def _next_prompts(self) -> tuple[list[int], int]:
@@ -221,9 +225,8 @@ class Sampler:
             layers = rollout.routes.layout.layers if rollout.routes else None
             if layers != self._routed_layers:
                 raise RolloutError(
-                    "algorithm.routing_replay=rollout: expected routes of the layers "
-                    f"{self._routed_layers}, which have experts in {self._config.model.path}; the "
-                    f"engine returned those of {layers}"
+                    f"expected routes of the layers {self._routed_layers}, which have experts in "
+                    f"{self._config.model.path}; the engine returned those of {layers}"
                 )
 
     def _generate(
@@ -328,7 +331,7 @@ def start_engine(config: ExperimentConfig, log_path: Path) -> RolloutEngine:
             log_path=log_path.with_stem(f"{log_path.stem}_{i}") if i else log_path,
             seed=config.run.seed,
             trust_remote_code=config.model.trust_remote_code,
-            return_routes=config.algorithm.routing_replay == "rollout",
+            return_routes=config.needs_rollout_routes,
             devices=rollout.devices[i * share : (i + 1) * share] if rollout.devices else None,
         )
         for i in range(rollout.engines)

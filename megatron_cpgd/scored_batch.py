@@ -39,6 +39,7 @@ class SampledResponses:
         self._truncated: list[bool] = []
         self._repetition: list[float] = []
         self._rewards: list[RewardResult] = []
+        self._route_bytes = 0
         self._group_size = group_size
 
     @property
@@ -52,6 +53,7 @@ class SampledResponses:
         self.lengths += [len(rollout.token_ids) for rollout in rollouts]
         self._truncated += [rollout.finish_reason == "length" for rollout in rollouts]
         self._repetition += [repetition_frac(rollout.token_ids) for rollout in rollouts]
+        self._route_bytes += sum(len(r.routes.experts) for r in rollouts if r.routes is not None)
         self._rewards.append(rewards)
         return equal_rewards(self.per_group(rewards.total)).tolist()
 
@@ -91,6 +93,7 @@ class SampledResponses:
             "rollout/repetition_frac": fmean(self._repetition),
             "rollout/repetition_frac_max": max(self._repetition),
             **{f"reward/{name}_mean": fmean(values) for name, values in result.columns.items()},
+            **({"routing/engine_bytes": self._route_bytes} if self._route_bytes else {}),
         }
 
 
@@ -110,7 +113,7 @@ def train_sequences(batch: ScoredBatch) -> list[TrainSequence]:
             rollout_logprobs=torch.tensor(rollout.logprobs, dtype=torch.float32),
             advantage=advantage,
             truncated=rollout.finish_reason == "length",
-            routes=None if rollout.routes is None else _with_last_token(rollout.routes),
+            rollout_routes=None if rollout.routes is None else _with_last_token(rollout.routes),
         )
         for i, (group, row) in enumerate(
             zip(batch.groups, batch.advantages.values.tolist(), strict=True)

@@ -25,6 +25,7 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.guard import ROLLED_BACK_TO, guard
 from megatron_cpgd.policy.policy import StepResult
+from megatron_cpgd.policy.routing_gap import RoutedPass, measure_routing_gap, rollout_routes
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
@@ -57,6 +58,9 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
+            if config.measures_routing(step):
+                with timer("routing"):
+                    metrics |= _measure_routing(run, sequences)
             if config.reference_path is not None:
                 with timer("ref_logprobs"):
                     metrics |= _set_ref_logprobs(run, sequences)
@@ -75,24 +79,29 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
 
 
 def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
-    """Give every sequence its old log-probs; returns how far the engine's are from them.
+    """Give every sequence its old log-probs and the routes that are replayed from now on, if any;
+    returns how far the engine's log-probs are from the old ones.
 
     Raises:
         WeightSyncError: on every rank, the two do not compute the same model.
     """
     if not sequences:
         return {}
+    replay = run.config.algorithm.routing_replay
+    if replay == "rollout":
+        for sequence in sequences:
+            sequence.routes = sequence.rollout_routes
     if run.config.algorithm.old_policy == "sampler":
         for sequence in sequences:
             sequence.old_logprobs = sequence.rollout_logprobs
-        return {}
-    replay = run.config.algorithm.routing_replay
+        return _route_bytes(sequences)
+    routes = rollout_routes(sequences) if run.config.wants_rollout_routes(step) else None
     if replay == "old_policy":
-        logprobs, routes = run.policy.record_routes(without_loss(sequences))
-        for sequence, own in zip(sequences, routes, strict=True):
+        logprobs, recorded = run.policy.record_routes(without_loss(sequences), compare_with=routes)
+        for sequence, own in zip(sequences, recorded, strict=True):
             sequence.routes = own
     else:
-        logprobs = run.policy.compute_logprobs(without_loss(sequences))
+        logprobs = run.policy.compute_logprobs(without_loss(sequences), compare_with=routes)
     for sequence, values in zip(sequences, logprobs, strict=True):
         sequence.old_logprobs = values
     rollout_logprobs = [sequence.rollout_logprobs for sequence in sequences]
@@ -106,11 +115,41 @@ def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> di
             "limit is below the rounding of their number formats"
         )
     if replay == "rollout":
-        mismatch["routing/disagreement"] = run.policy.routing_disagreement()
+        mismatch["routing/disagreement"] = run.policy.route_agreement().disagreement
     algorithm = run.config.algorithm
-    return mismatch | correction_metrics(
-        old_minus_rollout(sequences), algorithm.correction, algorithm.rejection
+    return (
+        mismatch
+        | _route_bytes(sequences)
+        | correction_metrics(
+            old_minus_rollout(sequences), algorithm.correction, algorithm.rejection
+        )
     )
+
+
+def _route_bytes(sequences: list[TrainSequence]) -> dict[str, int]:
+    """Size of the routes that were brought to every rank: the engine's, and recorded ones."""
+    shared = [s.rollout_routes for s in sequences]
+    shared += [s.routes for s in sequences if s.routes is not s.rollout_routes]
+    nbytes = sum(routes.nbytes for routes in shared if routes is not None)
+    return {"routing/trainer_bytes": nbytes} if nbytes else {}
+
+
+def _measure_routing(run: Run, sequences: list[TrainSequence]) -> dict[str, float]:
+    """How far log-probs and routes are from the engine's, with free routing and with a replay.
+
+    The pass of the old policy, if there was one, is one of the two.
+    """
+    routes = rollout_routes(sequences)
+    if routes is None:  # the filter has left no response
+        return {}
+    config = run.config.algorithm
+    done: dict[bool, RoutedPass] = {}
+    if config.old_policy == "trainer":
+        done[config.routing_replay == "rollout"] = RoutedPass(
+            logprobs=torch.cat([old_logprobs(sequence) for sequence in sequences]),
+            agreement=run.policy.route_agreement(),
+        )
+    return measure_routing_gap(run.policy, sequences, routes, done)
 
 
 def _set_ref_logprobs(run: Run, sequences: list[TrainSequence]) -> dict[str, float]:

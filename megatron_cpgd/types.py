@@ -122,9 +122,12 @@ class TrainSequence:
     """[T] float32, log-probs of the reference policy; None without one."""
     epoch_weight: Tensor | None = None
     """[T] float32, truncated importance weight of epochs after the first; None means 1."""
+    rollout_routes: Tensor | None = None
+    """[L, MoE layers, top_k] int16, the experts to which the engine sent input token t; -1 where it
+    reported none, as for the last token. None: it was not asked."""
     routes: Tensor | None = None
-    """[L, MoE layers, top_k] int16, the experts to which input token t goes when the trainer
-    computes; -1 where its own routers choose. None: everywhere."""
+    """The same of the experts to which token t goes when the trainer computes; -1 where its own
+    routers choose. None: everywhere. Set by the old-log-prob pass."""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids.dtype == self.response_ids.dtype == torch.int64
@@ -132,6 +135,7 @@ class TrainSequence:
         assert len(self.rollout_logprobs) == len(self.response_ids), (
             f"{len(self.rollout_logprobs)=} {len(self.response_ids)=}"
         )
+        _check_routes(self.rollout_routes, self.length)
         _check_routes(self.routes, self.length)
 
     @property

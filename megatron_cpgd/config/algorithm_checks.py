@@ -177,9 +177,7 @@ def _sampler_is_old(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _routing_replay(config: ExperimentConfig) -> Iterator[str]:
-    algorithm, options = config.algorithm, config.model.megatron
-    if algorithm.routing_replay == "none":
-        return
+    algorithm = config.algorithm
     if algorithm.routing_replay == "old_policy" and algorithm.old_policy == "sampler":
         yield (
             "algorithm.routing_replay=old_policy replays the pass that computes old log-probs, "
@@ -194,10 +192,21 @@ def _routing_replay(config: ExperimentConfig) -> Iterator[str]:
             "the routers still choose as in the old policy; set algorithm.mini_batches > 1 or "
             "algorithm.epochs > 1, or routing_replay=none"
         )
+    yield from _unroutable(config)
+
+
+def _unroutable(config: ExperimentConfig) -> Iterator[str]:
+    """Options under which the routers ask nobody where to send a token."""
+    users = {
+        "algorithm.routing_replay=none": config.algorithm.routing_replay != "none",
+        "tracking.routing_every=null": config.tracking.routing_every is not None,
+    }
+    off = " and ".join(setting for setting, on in users.items() if on)
+    options = config.model.megatron
     # The first chooses inside its kernel, the others repeat the choice of the captured pass.
     for name in ("moe_router_fusion", *CUDA_GRAPHS):
-        if options.get(name) not in (None, False, "none"):
+        if off and options.get(name) not in (None, False, "none"):
             yield (
-                f"model.megatron.{name}={options[name]} cannot replay routes; remove it or set "
-                "algorithm.routing_replay=none"
+                f"model.megatron.{name}={options[name]} cannot replay or compare routes; remove it "
+                f"or set {off}"
             )

@@ -117,6 +117,12 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             "data.system_prompt does nothing: data.chat_template=false feeds prompts as they are; "
             "put the text into the prompts or set chat_template=true"
         )
+    every, steps = config.tracking.routing_every, config.run.steps
+    if every is not None and every > steps:
+        yield (
+            f"tracking.routing_every={every} does nothing: the first measurement is that of step "
+            f"{every}, and run.steps={steps}; set routing_every <= {steps}"
+        )
 
 
 def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:

@@ -157,6 +157,11 @@ def _experts(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterat
         for name, (value, neutral) in settings.items():
             if value != neutral:
                 yield f"{name}={value}: {path} has no experts; set {name}={neutral}"
+        if (every := config.tracking.routing_every) is not None:
+            yield (
+                f"tracking.routing_every={every}: {path} has no experts, so no routes to measure; "
+                "set tracking.routing_every=null"
+            )
         return
     width: Any = hf.get("moe_intermediate_size", hf.get("intermediate_size"))
     shares = (("ep", sizes.ep, "experts", experts), ("etp", sizes.etp, "rows of an expert", width))

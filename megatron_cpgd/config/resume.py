@@ -12,7 +12,7 @@ MAY_CHANGE = (
     "run.steps",
     "parallel.",
     "batch.",
-    "tracking.",
+    "tracking.rollouts_per_step",
     "stability.",
     "checkpoint.",
     "eval.",

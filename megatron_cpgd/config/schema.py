@@ -272,6 +272,10 @@ class TrackingConfig(Config):
 
     rollouts_per_step: int = Field(4, ge=0)
     """Rollouts written to rollouts/step_N.jsonl at each step."""
+    routing_every: int | None = Field(None, ge=1)
+    """Mixtures of experts: steps between measurements of how far the trainer's routes and log-probs
+    are from the engine's (`routing/free_*`, `routing/replayed_*`). One takes a further pass without
+    gradient, two with `algorithm.old_policy=sampler`, and the engine's routes."""
 
 
 class ExperimentConfig(Config):
@@ -292,6 +296,21 @@ class ExperimentConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     stability: StabilityConfig = StabilityConfig()
+
+    @property
+    def needs_rollout_routes(self) -> bool:
+        """Whether any step needs the engine's routes."""
+        replays = self.algorithm.routing_replay == "rollout"
+        return replays or self.tracking.routing_every is not None
+
+    def wants_rollout_routes(self, step: int) -> bool:
+        """Whether this step does."""
+        return self.algorithm.routing_replay == "rollout" or self.measures_routing(step)
+
+    def measures_routing(self, step: int) -> bool:
+        """Whether the step is one of those of `tracking.routing_every`."""
+        every = self.tracking.routing_every
+        return every is not None and step % every == 0
 
     @property
     def reference_path(self) -> Path | None:

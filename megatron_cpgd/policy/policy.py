@@ -31,7 +31,7 @@ from megatron_cpgd.policy.optimizer import (
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.reference import ReferenceWeights
 from megatron_cpgd.policy.router_balance import RouterBalance
-from megatron_cpgd.policy.routing_replay import RoutingReplay
+from megatron_cpgd.policy.routing_replay import RouteAgreement, RouteComparison, RoutingReplay
 from megatron_cpgd.policy.schedule import (
     ForwardContext,
     LocalTokens,
@@ -116,7 +116,8 @@ class Policy:
             or (transformer.moe_token_dispatcher_type == "allgather" and spreads_experts),
         )
         self._routing: RoutingReplay | None = None
-        if config.algorithm.routing_replay != "none":
+        self._comparison: RouteComparison | None = None
+        if config.algorithm.routing_replay != "none" or config.needs_rollout_routes:
             self._routing = RoutingReplay(self._models, transformer, info)
         self._balance: RouterBalance | None = None
         # A captured graph does not ask which tokens are real.
@@ -133,27 +134,45 @@ class Policy:
         self.lr_scale = 1.0
         """Factor of the learning rate; each roll back makes it smaller."""
 
-    def compute_logprobs(self, sequences: Sequence[LossSequence]) -> list[Tensor]:
-        """[T] float32 CPU log-probs of each sequence's response under the current weights."""
+    def compute_logprobs(
+        self, sequences: Sequence[LossSequence], *, compare_with: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """[T] float32 CPU log-probs of each sequence's response under the current weights.
+
+        Args:
+            compare_with: routes of each sequence; `route_agreement` then compares the routers' own
+                choices with them. That changes no bit of the log-probs.
+        """
         if not sequences:  # on every rank: they all have the same list
             return []
-        with self._replaying(sequences, backward=False) as forward_contexts:
-            return self._forward_logprobs(sequences, forward_contexts)
+        with (
+            self._replaying(sequences, backward=False) as replaying,
+            self._comparing(compare_with) as comparing,
+        ):
+            return self._forward_logprobs(sequences, [*replaying, *comparing])
 
-    def record_routes(self, sequences: Sequence[LossSequence]) -> tuple[list[Tensor], list[Tensor]]:
+    def record_routes(
+        self, sequences: Sequence[LossSequence], *, compare_with: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """As `compute_logprobs` without routes, and the routes of each sequence."""
-        assert self._routing is not None, "algorithm.routing_replay is none"
         if not sequences:
             return [], []
-        with self._routing.recording(sequences) as (forward_context, routes):
-            logprobs = self._forward_logprobs(sequences, [forward_context])
+        with (
+            self._routers.recording(sequences) as (recording, routes),
+            self._comparing(compare_with) as comparing,
+        ):
+            logprobs = self._forward_logprobs(sequences, [recording, *comparing])
         return logprobs, routes
 
-    def routing_disagreement(self) -> float:
-        """Of the latest pass with routes: the share of (token, MoE layer) with a route that is
-        another set of experts than the router's own choice; NaN without routes."""
-        assert self._routing is not None, "algorithm.routing_replay is none"
-        return self._routing.disagreement()
+    def route_agreement(self) -> RouteAgreement:
+        """Of the latest pass with `compare_with`."""
+        assert self._comparison is not None, "no pass has compared routes"
+        return self._comparison.agreement()
+
+    def fallback_frac(self) -> float:
+        """Of the latest pass with routes: the share of (token, MoE layer) without one, which were
+        left to the routers; neither padding nor the last token of a sequence counts."""
+        return self._routers.fallback_frac()
 
     @torch.no_grad()
     def _forward_logprobs(
@@ -230,6 +249,8 @@ class Policy:
             )
         # The tensor-parallel ranks hold the same statistics: one of them speaks.
         metrics = objective.reduce(parts if self.info.tp_rank == 0 else [], _all_reduce)
+        if replaying:
+            metrics["routing/fallback_frac"] = self.fallback_frac()
         if self._balance:
             metrics |= self._balance.reduce()
         lr = learning_rate(self._optim, self.optimizer_steps, self._total_steps) * self.lr_scale
@@ -245,23 +266,38 @@ class Policy:
         self.optimizer_steps += 1
         return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=lr, metrics=metrics)
 
+    @property
+    def _routers(self) -> RoutingReplay:
+        assert self._routing is not None, "neither routing_replay nor routing_every is set"
+        return self._routing
+
     @contextmanager
     def _replaying(
         self, sequences: Sequence[LossSequence], *, backward: bool
     ) -> Iterator[list[ForwardContext]]:
+        """The context of each forward pass if the sequences have routes."""
         if sequences[0].routes is None:
             yield []
             return
-        assert self._routing is not None, "routes, but algorithm.routing_replay is none"
-        with self._routing.replaying(sequences, backward=backward) as forward_context:
+        with self._routers.replaying(sequences, backward=backward) as forward_context:
             yield [forward_context]
 
     @contextmanager
     def _balancing(self, sequences: Sequence[LossSequence]) -> Iterator[list[ForwardContext]]:
+        """The context of each forward pass of a mixture of experts."""
         if self._balance is None:
             yield []
             return
         with self._balance.training(sequences) as forward_context:
+            yield [forward_context]
+
+    @contextmanager
+    def _comparing(self, routes: Sequence[Tensor] | None) -> Iterator[list[ForwardContext]]:
+        """The context of each forward pass if there are routes to compare with."""
+        if routes is None:
+            yield []
+            return
+        with self._routers.comparing(routes) as (forward_context, self._comparison):
             yield [forward_context]
 
     def write_weights(self, view: Callable[[str], Tensor]) -> None:

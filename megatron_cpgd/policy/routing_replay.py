@@ -1,5 +1,7 @@
 """Which experts the tokens go to: the routers' own choice, or routes that were recorded before.
 
+A choice is that of one token in one MoE layer: a set of experts.
+
 Upstream's router leaves the top-k to an object in its place `router_replay`, if there is one
 (megatron/core/transformer/moe/router_replay.py). Upstream keeps those of all models in one list;
 ours belong to a chunk and know their layer, so that pipeline stages and other models are safe.
@@ -11,8 +13,10 @@ router keeps its gradient (arXiv:2510.11370).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +38,10 @@ from megatron_cpgd.types import LossSequence, MicroBatch
 PIECE_BYTES = 64 << 20
 """Recorded routes are summed over the ranks so many bytes at a time."""
 
+NOT_NEEDED = -2
+"""In place of the -1 of a route that is missing, where nothing depends on the choice: padding, and
+the last token of a sequence, which the engine never fed."""
+
 TopK = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
 
 
@@ -50,6 +58,8 @@ class LayerRouting:
         """[tokens, top_k] of the router's own choice -> the experts to take; None: those."""
         self.own: Tensor | None = None
         """[tokens, top_k] of the router's own choice for the latest micro-batch."""
+        self.watch: Callable[[Tensor], None] | None = None
+        """Gets the router's own choice, whatever is taken; does not change a bit of the pass."""
 
     def get_replay_topk(
         self,
@@ -60,11 +70,14 @@ class LayerRouting:
         default_compute_topk: TopK,
     ) -> tuple[Tensor, Tensor]:
         """Upstream's name: scores [tokens, experts] -> scores and numbers [tokens, top_k]."""
+        own = default_compute_topk(scores, topk, num_groups, group_topk)
+        self.own = own[1]
+        if self.watch is not None:
+            self.watch(own[1])
+        if self.choose is None:
+            return own
         with torch.no_grad():
-            _, experts = default_compute_topk(scores, topk, num_groups, group_topk)
-            self.own = experts
-            if self.choose is not None:
-                experts = self.choose(experts)
+            experts = self.choose(own[1])
             # The best first, as upstream has them where gradients are computed. The gates are
             # normalised in this order: in another one a replay would differ in the last bit.
             experts = experts.sort(dim=1).values
@@ -76,17 +89,17 @@ class LayerRouting:
 class LayerReplay(MicroBatchQueue[Tensor]):
     """The routes of one layer during one pass over a batch, instead of the router's choice.
 
-    Items: [tokens, top_k], -1 where there is none.
+    Items: [tokens, top_k], negative where there is none.
     """
 
-    def __init__(self, disagreement: Tensor) -> None:
+    def __init__(self, fallbacks: Tensor) -> None:
         """
         Args:
-            disagreement: [2] int64; forward passes add the routes that are not the router's own
-                choice, and all of them.
+            fallbacks: [2] int64; forward passes add the choices that were left to the router for
+                want of a route, and all that matter.
         """
         super().__init__()
-        self._disagreement = disagreement
+        self._fallbacks = fallbacks
 
     def __call__(self, own: Tensor) -> Tensor:
         """`LayerRouting.choose`."""
@@ -95,9 +108,65 @@ class LayerReplay(MicroBatchQueue[Tensor]):
         routes = routes.to(own)
         known = (routes >= 0).all(dim=1)
         if not recomputes:
-            differs = (routes.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
-            self._disagreement += torch.stack([(differs & known).sum(), known.sum()])
+            missing = (routes == -1).any(dim=1)
+            self._fallbacks += torch.stack([missing.sum(), (missing | known).sum()])
         return torch.where(known[:, None], routes, own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteAgreement:
+    """How often the routers of a pass chose another set of experts than given routes; NaN without
+    any route."""
+
+    disagreement: float
+    """Share of the choices."""
+    by_layer: list[float]
+    """[MoE layers] the same of each layer."""
+    token_frac: float
+    """Share of the tokens with such a choice in any layer."""
+
+
+class RouteComparison:
+    """The routers' own choices in one pass, beside given routes of the same tokens."""
+
+    def __init__(self, layers: int, tokens: int) -> None:
+        """Counters of this rank, on the device."""
+        options: dict[str, Any] = {"dtype": torch.int32, "device": device.current()}
+        self._by_layer = torch.zeros(layers, 2, **options)
+        # In the number of layers; padding has the last place.
+        self._by_token = torch.zeros(tokens + 1, 2, **options)
+        self._waiting: dict[LayerRouting, tuple[Tensor, Tensor]] = {}
+
+    def start_forward(self, routing: LayerRouting, routes: Tensor, rows: Tensor) -> None:
+        """The next choice of this router is that of a micro-batch's forward pass.
+
+        Args:
+            routes: [tokens, top_k], negative where there is none.
+            rows: [tokens] place of each among all tokens of the pass, -1 for padding.
+        """
+        self._waiting[routing] = routes, rows
+
+    def __call__(self, routing: LayerRouting, own: Tensor) -> None:
+        """`LayerRouting.watch`."""
+        routes, rows = self._waiting.pop(routing)
+        routes = routes.to(own)
+        known = (routes >= 0).all(dim=1)
+        differs = known & (routes.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
+        counts = torch.stack([differs, known], dim=1).int()
+        self._by_layer[routing.column] += counts.sum(dim=0)
+        self._by_token.index_add_(0, rows % len(self._by_token), counts)
+
+    def agreement(self) -> RouteAgreement:
+        """Of all ranks. Collective over the world."""
+        assert not self._waiting, "the last forward pass has left its routes"
+        by_layer, by_token = self._by_layer.clone(), self._by_token.clone()
+        for counts in (by_layer, by_token):
+            dist.all_reduce(counts)
+        return RouteAgreement(
+            disagreement=_share(by_layer.sum(dim=0)),
+            by_layer=[_share(counts) for counts in by_layer],
+            token_frac=_share((by_token > 0).sum(dim=0)),
+        )
 
 
 class RoutingReplay:
@@ -109,7 +178,7 @@ class RoutingReplay:
         """Take over the choice of every router."""
         self._shape = (count_moe_layers(config), config.moe_router_topk)
         self._info = info
-        self._disagreement = torch.zeros(2, dtype=torch.int64, device=device.current())
+        self._fallbacks = torch.zeros(2, dtype=torch.int64, device=device.current())
         self._layers: dict[torch.nn.Module, list[LayerRouting]] = {}
         for model, routers in find_routers(models, config).items():
             self._layers[model] = []
@@ -125,14 +194,15 @@ class RoutingReplay:
 
         Yields the context of each forward pass.
         """
-        self._disagreement.zero_()
-        replays = {routing: LayerReplay(self._disagreement) for routing in self._routings()}
+        self._fallbacks.zero_()
+        replays = {routing: LayerReplay(self._fallbacks) for routing in self._routings()}
+        given = [sequence.routes for sequence in sequences]
 
         @contextmanager
         def forward(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
             routings = self._layers[model]
             columns = [routing.column for routing in routings]
-            routes = self._local_routes(batch, sequences, columns)
+            routes = self._local_routes(batch, given, columns)
             for routing, own in zip(routings, routes.unbind(1), strict=True):
                 replays[routing].start_forward(own, backward=backward)
             yield
@@ -182,33 +252,70 @@ class RoutingReplay:
             piece.copy_(moved)
         routes += flat.split(lengths)
 
-    def disagreement(self) -> float:
-        """Of the latest replay: share of (token, layer) with a route that is another set of experts
-        than the router's own choice; NaN without routes. Collective over the world."""
-        counts = self._disagreement.clone()
+    @contextmanager
+    def comparing(
+        self, routes: Sequence[Tensor]
+    ) -> Iterator[tuple[ForwardContext, RouteComparison]]:
+        """A pass without backward in which the routers' own choices are compared with `routes`.
+
+        It may replay or record besides. Yields the context of each forward pass, and the counts.
+
+        Args:
+            routes: of each sequence of the pass, as `LossSequence.routes`.
+        """
+        starts = [0, *accumulate(map(len, routes))]
+        comparison = RouteComparison(self._shape[0], starts[-1])
+
+        @contextmanager
+        def forward(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
+            routings = self._layers[model]
+            given = self._local_routes(batch, routes, [routing.column for routing in routings])
+            rows = router_order(token_index(batch, starts), batch, self._info).to(device.current())
+            for routing, own in zip(routings, given.unbind(1), strict=True):
+                comparison.start_forward(routing, own, rows)
+            yield
+
+        for routing in self._routings():
+            routing.watch = partial(comparison, routing)
+        try:
+            yield forward, comparison
+        finally:
+            for routing in self._routings():
+                routing.watch = None
+
+    def fallback_frac(self) -> float:
+        """Of the latest replay: share of the choices that were left to the routers for want of a
+        route; padding and the last token of a sequence do not count. Collective over the world."""
+        counts = self._fallbacks.clone()
         dist.all_reduce(counts)
-        differing, all_routes = counts.tolist()
-        return differing / all_routes if all_routes else math.nan
+        missing, needed = counts.tolist()
+        return missing / needed if needed else 0.0
 
     def _routings(self) -> list[LayerRouting]:
         return [routing for routings in self._layers.values() for routing in routings]
 
     def _local_routes(
-        self, batch: MicroBatch, sequences: Sequence[LossSequence], columns: list[int]
+        self, batch: MicroBatch, routes: Sequence[Tensor | None], columns: list[int]
     ) -> Tensor:
         """[tokens, columns, top_k] of the tokens that this rank's routers see, in their order."""
         parts, starts, total = [], {}, 0
-        for i in batch.indices:
+        for i, length in zip(batch.indices, batch.lengths, strict=True):
             if i < 0:  # filling
                 continue
-            routes = sequences[i].routes
-            assert routes is not None and routes.shape == (sequences[i].length, *self._shape)
-            parts.append(routes[:, columns])
+            given = routes[i]
+            assert given is not None and given.shape == (length, *self._shape)
+            parts.append(given[:, columns])
+            parts[-1][-1].masked_fill_(parts[-1][-1] < 0, NOT_NEEDED)  # a copy, by the list
             starts[i] = total
-            total += len(routes)
-        none = torch.full((1, len(columns), self._shape[1]), -1, dtype=torch.int16)
+            total += length
+        none = torch.full((1, len(columns), self._shape[1]), NOT_NEEDED, dtype=torch.int16)
         rows = router_order(token_index(batch, starts), batch, self._info)
-        return torch.cat([*parts, none])[rows].to(device.current())  # padding: -1, the last row
+        return torch.cat([*parts, none])[rows].to(device.current())  # padding: the last row
+
+
+def _share(counts: Tensor) -> float:
+    part, whole = counts.tolist()
+    return part / whole if whole else math.nan
 
 
 @contextmanager

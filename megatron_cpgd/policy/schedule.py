@@ -123,9 +123,9 @@ def _forward_step(
     """Megatron's forward_step_func."""
     batch = next(iterator)
     local = _local_tokens(batch, schedule.info)
-    with ExitStack() as surroundings:
+    with ExitStack() as stack:
         for context in forward_contexts:
-            surroundings.enter_context(context(model, batch))
+            stack.enter_context(context(model, batch))
         output = model(
             local["input_ids"],
             local["position_ids"],

@@ -34,7 +34,7 @@ def share_integer(value: int) -> int:
 
 
 def _flatten(sequences: Sequence[TrainSequence]) -> tuple[Tensor, Tensor, Tensor]:
-    routes = [s.routes for s in sequences if s.routes is not None]
+    routes = [s.rollout_routes for s in sequences if s.rollout_routes is not None]
     assert len(routes) in (0, len(sequences)), "all sequences have routes, or none"
     layers, top_k = routes[0].shape[1:] if routes else (0, 0)
     header = [len(sequences), layers, top_k]
@@ -70,7 +70,7 @@ def _unflatten(integers: Tensor, floats: Tensor, routes: Tensor) -> list[TrainSe
             rollout_logprobs=values,
             advantage=advantage,
             truncated=bool(truncated),
-            routes=own,
+            rollout_routes=own,
         )
         for (group, _, _, truncated), advantage, values, own in zip(
             rows, advantages.tolist(), logprob_parts, route_parts, strict=True

@@ -114,7 +114,7 @@ def _engine_key(config: ExperimentConfig) -> Any:
         rollout.engine_args,
         rollout.engines,
         rollout.devices,
-        config.algorithm.routing_replay == "rollout",
+        config.needs_rollout_routes,
     )
 
 

@@ -25,7 +25,7 @@ def sequence(
         rollout_logprobs=-torch.arange(len(response)) - 0.25,
         advantage=advantage,
         truncated=truncated,
-        routes=None if routes is None else torch.tensor(routes, dtype=torch.int16),
+        rollout_routes=None if routes is None else torch.tensor(routes, dtype=torch.int16),
     )
 
 
@@ -55,7 +55,7 @@ def test_every_rank_gets_rank_0s_sequences(name):
                 torch.testing.assert_close(
                     getattr(ours, field), getattr(theirs, field), rtol=0, atol=0
                 )
-            torch.testing.assert_close(ours.routes, theirs.routes, rtol=0, atol=0)
+            torch.testing.assert_close(ours.rollout_routes, theirs.rollout_routes, rtol=0, atol=0)
 
 
 # 0.1 has no float32: were rank 0 to keep its double, ranks would train on different advantages.

@@ -38,6 +38,7 @@ def write_run(run_dir, assets):
     content["parallel"] = {"dp": 2, "ep": 2}
     content["algorithm"]["routing_replay"] = "rollout"
     content["checkpoint"] = {"every": 1, "export_every": 1, "keep": 9}
+    content["tracking"]["routing_every"] = 2
     return write_yaml(run_dir.with_suffix(".yaml"), content)
 
 
@@ -52,6 +53,22 @@ def test_trainer_and_engine_agree_on_every_log_prob_and_every_route(run_dir):
         assert row["rollout/logprob_abs_diff_mean"] <= 1e-5
         assert row["rollout/logprob_abs_diff_max"] <= 1e-4
         assert row["routing/disagreement"] == 0
+
+
+def test_a_measured_step_has_both_gaps_and_the_bytes_of_the_formula(run_dir):
+    first, measured, last = read_rows(run_dir / "metrics.jsonl")[1:]
+    assert "routing/free_kl_k3" not in first.keys() | last.keys()
+    for kind in ("free", "replayed"):
+        assert measured[f"routing/{kind}_logprob_abs_diff_max"] <= 1e-4
+    assert measured["routing/free_disagreement_token_frac"] == 0
+    for row in (first, measured, last):
+        assert row["routing/fallback_frac"] == 0
+    # One byte for each of top-2 experts in two layers and each token that was fed, then two bytes
+    # and the last token of a response as well.
+    rollouts = read_rows(run_dir / "rollouts" / "step_000002.jsonl")
+    tokens = sum(each["prompt_tokens"] + each["response_tokens"] for each in rollouts)
+    assert measured["routing/engine_bytes"] == 2 * 2 * (tokens - len(rollouts))
+    assert measured["routing/trainer_bytes"] == 2 * 2 * 2 * tokens
 
 
 def test_the_policy_learns(run_dir):

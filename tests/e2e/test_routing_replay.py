@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
-from tests.helpers.full_run import read_rows, run_cli, settings, write_assets, write_yaml
-from tests.helpers.tiny_moe_engine import moe_config
+from tests.helpers.full_run import read_rows, run_cli, settings, write_moe_assets, write_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -19,17 +16,7 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def train(tmp_path_factory) -> Callable[..., Rows]:
     """train(name, **sections over those of a usual run) -> the row of every step."""
-    folder: Path = write_assets(tmp_path_factory.mktemp("assets"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = moe_config(
-        vocab_size=len(tokenizer),
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
+    folder: Path = write_moe_assets(tmp_path_factory.mktemp("assets"))
 
     def run(name: str, **sections: dict[str, Any]) -> Rows:
         content = settings(folder)
@@ -74,3 +61,16 @@ def test_in_bf16_replay_takes_the_routing_out_of_the_mismatch(train):
         assert 0 < replayed["routing/disagreement"] < 0.05
         for name in names[2:]:
             assert replayed[name] < 0.3 * free[name]
+
+
+# Only the engine of one of the two returns routes at all.
+def test_a_measurement_in_every_second_step_changes_no_bit_of_a_run(train):
+    usual: dict[str, Any] = {"run": {"steps": 3}, "parallel": {"tp": 1}}
+    plain = train("plain", **usual)
+    measured = train("measured", **usual, tracking={"routing_every": 2})
+    for step, (expected, row) in enumerate(zip(plain, measured, strict=True), 1):
+        same = {name for name in expected if not name.startswith(("time/", "perf/"))}
+        assert {name: row[name] for name in same} == {name: expected[name] for name in same}
+        assert row["weights/digest"] == expected["weights/digest"]
+        more = {name for name in row.keys() - same if name.startswith("routing/")}
+        assert bool(more) == (step == 2)

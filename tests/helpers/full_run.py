@@ -40,6 +40,27 @@ def write_assets(folder: Path, experts: int = 0) -> Path:
     return folder
 
 
+def write_moe_assets(folder: Path) -> Path:
+    """As `write_assets`; 3 of 4 layers have 8 experts, whose choice moves the log-probs."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+
+    from tests.helpers.tiny_moe_engine import moe_config
+
+    write_assets(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = moe_config(
+        vocab_size=len(tokenizer),
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
 def settings(assets: Path) -> dict[str, Any]:
     """A run of 6 steps that uses every part of the system; `run.dir` is to be added.
 

@@ -19,9 +19,12 @@ class CountingSampler:
 
     def __init__(self) -> None:
         self.batches = 0
+        self.steps: list[int] = []
+        """For which each batch was said to be."""
 
-    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         self.batches += 1
+        self.steps.append(step)
         rollouts = [
             Rollout(
                 token_ids=[5, 6], logprobs=[-0.1, -1e-7 / 3], finish_reason="stop",
@@ -58,6 +61,7 @@ def test_a_step_trains_on_what_the_weights_so_many_steps_before_have_sampled(sta
     queue = BatchQueue(sampler, staleness=staleness, last_step=5)
     taken = [number_and_version(queue.take(step, StepTimer())) for step in range(1, 6)]
     assert taken == list(zip([1, 2, 3, 4, 5], versions, strict=True))
+    assert sampler.steps == [1, 2, 3, 4, 5]
     assert sampler.batches == 5, "nothing is sampled that no step trains on"
 
 
@@ -85,11 +89,13 @@ def test_a_checkpoint_holds_the_waiting_batches_bit_by_bit(tmp_path: Path):
 def test_in_the_background_the_same_batches_are_sampled_as_before_the_step(staleness):
     both = []
     for overlap in (False, True):
-        queue = BatchQueue(CountingSampler(), staleness=staleness, last_step=5, overlap=overlap)
+        sampler = CountingSampler()
+        queue = BatchQueue(sampler, staleness=staleness, last_step=5, overlap=overlap)
         timer, taken = StepTimer(), []
         for step in range(1, 6):
             taken.append(number_and_version(queue.take(step, timer)))
             queue.finish(timer)
+        assert sampler.steps == [1, 2, 3, 4, 5]
         both.append(taken)
     assert both[0] == both[1]
 
@@ -101,10 +107,10 @@ class HeldSampler(CountingSampler):
         super().__init__()
         self.may_go_on = threading.Event()
 
-    def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         if self.batches > 0:
             assert self.may_go_on.wait(10)
-        return super().sample(version=version, timer=timer)
+        return super().sample(step=step, version=version, timer=timer)
 
 
 def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
@@ -121,10 +127,10 @@ def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
 
 def test_an_error_in_the_background_is_raised_where_the_step_waits():
     class FailingSampler(CountingSampler):
-        def sample(self, *, version: int, timer: StepTimer) -> ScoredBatch:
+        def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
             if self.batches == 1:
                 raise RolloutError("the engine died")
-            return super().sample(version=version, timer=timer)
+            return super().sample(step=step, version=version, timer=timer)
 
     queue = BatchQueue(FailingSampler(), staleness=1, last_step=9, overlap=True)
     queue.take(1, StepTimer())
@@ -139,7 +145,9 @@ def test_without_staleness_a_checkpoint_needs_no_file():
 
 
 def test_after_clear_the_next_step_samples_with_the_weights_of_now():
-    queue = BatchQueue(CountingSampler(), staleness=2, last_step=9)
+    sampler = CountingSampler()
+    queue = BatchQueue(sampler, staleness=2, last_step=9)
     queue.take(1, StepTimer())
     queue.clear()
     assert number_and_version(queue.take(2, StepTimer())) == (4, 1)
+    assert sampler.steps == [1, 2, 3, 2, 3, 4]

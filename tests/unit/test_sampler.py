@@ -92,10 +92,12 @@ def assets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(assets) -> Iterator:
-    """start(script, prompts per step, model, **algorithm) -> (sampler, engine, prompt stream)."""
+    """start(script, ..., **algorithm) -> (sampler, engine, prompt stream)."""
     with ExitStack() as stack:
 
-        def build(script, per_step=2, model=assets, **algorithm):
+        def build(
+            script, per_step=2, model=assets, routing_every=None, piece_tokens=None, **algorithm
+        ):
             config = ExperimentConfig.model_validate(
                 {
                     "run": {"dir": "unused", "steps": 1, "seed": 3},
@@ -105,9 +107,11 @@ def start(assets) -> Iterator:
                         "prompts_per_step": per_step,
                         "samples_per_prompt": G,
                         "max_response_tokens": MAX_TOKENS,
+                        "piece_tokens": piece_tokens,
                     },
                     "rewards": {"workers": 1, "functions": [{"type": "format", "pattern": "1.*"}]},
                     "algorithm": {"prompt_weight": {"type": "equal"}, **algorithm},
+                    "tracking": {"routing_every": routing_every},
                 }
             )
             prompts = Prompts(config)
@@ -119,8 +123,8 @@ def start(assets) -> Iterator:
         yield build
 
 
-def sample(sampler: Sampler, version: int = 0) -> ScoredBatch:
-    return sampler.sample(version=version, timer=StepTimer())
+def sample(sampler: Sampler, version: int = 0, step: int = 1) -> ScoredBatch:
+    return sampler.sample(step=step, version=version, timer=StepTimer())
 
 
 def texts(batch: ScoredBatch) -> list[Group]:
@@ -137,7 +141,7 @@ EASY, HARD, FIRST, SECOND, THIRD = ["1", "11"], ["0", "00"], ["1", "0"], ["0", "
 def test_without_a_filter_every_group_is_trained_on(start):
     sampler, engine, _ = start([EASY, FIRST, HARD, HARD])
     timer = StepTimer()
-    batch = sampler.sample(version=7, timer=timer)
+    batch = sampler.sample(step=8, version=7, timer=timer)
     assert texts(batch) == [EASY, FIRST]
     # Centred in the group: 1, 0 minus 1/2.
     assert batch.advantages.values.tolist() == [[0.0, 0.0], [0.5, -0.5]]
@@ -241,9 +245,10 @@ def test_the_routes_of_the_engine_are_those_of_the_trainers_tokens(start, expert
     sampler, _, _ = start([FIRST, SECOND], model=experts, routing_replay="rollout")
     for sequence in train_sequences(sample(sampler)):
         length = sequence.length
-        assert sequence.routes.shape == (length, 2, 2) and sequence.routes.dtype == torch.int16
-        assert sequence.routes[:-1, 1, 0].tolist() == list(range(0, 2 * length - 2, 2))
-        assert sequence.routes[-1].unique().tolist() == [-1]  # was never fed
+        routes = sequence.rollout_routes
+        assert routes.shape == (length, 2, 2) and routes.dtype == torch.int16
+        assert routes[:-1, 1, 0].tolist() == list(range(0, 2 * length - 2, 2))
+        assert routes[-1].unique().tolist() == [-1]  # was never fed
 
 
 def test_routes_of_other_layers_than_the_trainers_are_refused(start, experts):
@@ -255,7 +260,41 @@ def test_routes_of_other_layers_than_the_trainers_are_refused(start, experts):
 
 def test_nobody_asks_for_routes_that_are_not_replayed(start):
     sampler, _, _ = start([FIRST, SECOND])
-    assert {sequence.routes for sequence in train_sequences(sample(sampler))} == {None}
+    batch = sample(sampler)
+    assert {sequence.rollout_routes for sequence in train_sequences(batch)} == {None}
+    assert "routing/engine_bytes" not in batch.metrics
+
+
+def test_routes_are_asked_for_in_the_steps_that_measure_them(start, experts):
+    sampler, _, _ = start([FIRST, SECOND] * 6, model=experts, routing_every=3)
+    routed = []
+    for step in range(1, 7):
+        [*sequences] = train_sequences(sample(sampler, step=step))
+        routed.append({sequence.rollout_routes is not None for sequence in sequences})
+    assert routed == [{False}, {False}, {True}] * 2
+
+
+# It is not known yet whether the step that will train on a response measures.
+def test_of_responses_in_pieces_routes_are_always_asked_for(start, experts):
+    responses = [[text] for group in (FIRST, SECOND) * 4 for text in group]
+    sampler, _, _ = start(responses, model=experts, routing_every=3, piece_tokens=2)
+    for step in (1, 2):
+        for sequence in train_sequences(sample(sampler, step=step)):
+            assert sequence.rollout_routes is not None
+
+
+# Two layers with top-2, one byte each: 4 bytes for each token that was fed.
+def test_the_engines_bytes_are_those_of_all_that_was_sampled(start, experts):
+    script = [EASY, FIRST, HARD, SECOND]
+    sampler, engine, _ = start(script, model=experts, routing_replay="rollout", **filtering(2))
+    batch = sample(sampler)
+    assert texts(batch) == [FIRST, SECOND]
+    fed = [
+        len(prompt) + len(text) - 1
+        for prompt, group in zip(engine.prompts, script, strict=True)
+        for text in group
+    ]
+    assert batch.metrics["routing/engine_bytes"] == 4 * sum(fed)
 
 
 SCRIPT = [EASY, FIRST, HARD, SECOND, FIRST, SECOND, HARD, EASY, THIRD, FIRST, EASY, FIRST] * 2

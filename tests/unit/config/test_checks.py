@@ -24,6 +24,7 @@ TIS = "algorithm.correction={type: truncate}"
 OLD_SAMPLER = "algorithm.old_policy=sampler"
 R2 = "algorithm.routing_replay=old_policy"
 R3 = "algorithm.routing_replay=rollout"
+MEASURED = "tracking.routing_every=5"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
 
 
@@ -205,6 +206,19 @@ def test_the_way_out_that_a_message_offers_is_accepted(run_yaml, overrides):
         ([R3, OLD_SAMPLER], None),
         ([R3, ONE_STEP, NO_CLIP, NO_DRIFT], None),
         ([R3, "model.megatron={cuda_graph_impl: none}"], None),
+        (
+            [MEASURED, "model.megatron={moe_router_fusion: true}"],
+            "model.megatron.moe_router_fusion=True cannot replay or compare routes; remove it or "
+            "set tracking.routing_every=null",
+        ),
+        (
+            [R3, MEASURED, "model.megatron={cuda_graph_impl: local}"],
+            "model.megatron.cuda_graph_impl=local cannot replay or compare routes; remove it or "
+            "set algorithm.routing_replay=none and tracking.routing_every=null",
+        ),
+        ([MEASURED], None),
+        ([MEASURED, OLD_SAMPLER], None),
+        ([MEASURED, "run.steps=4"], "tracking.routing_every=5 does nothing: the first measurement"),
         (["model.megatron={moe_router_fusion: true}"], None),
     ],
 )

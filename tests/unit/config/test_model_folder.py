@@ -96,6 +96,15 @@ def test_a_bias_to_update_is_one_that_the_routers_have(check):
     assert check(rate, **EXPERTS | glm) == []
 
 
+def test_a_dense_model_has_no_routing_to_measure(check):
+    (problem,) = check("tracking.routing_every=1")
+    assert problem.startswith("tracking.routing_every=1: ")
+    assert problem.endswith(
+        "has no experts, so no routes to measure; set tracking.routing_every=null"
+    )
+    assert check("tracking.routing_every=1", **EXPERTS) == []
+
+
 def test_prompt_and_response_fit_the_position_range(check):
     assert check("data.max_prompt_tokens=4096") == []  # 4096 + 4096 = 8192
     (problem,) = check("data.max_prompt_tokens=4097")

@@ -39,11 +39,13 @@ def test_what_is_not_learnt_from_may_change(run_yaml, run_dir, override):
 
 def test_every_differing_setting_is_listed(run_yaml, run_dir):
     overrides = ["optim.lr=2e-6", "algorithm.clip={type: none}", "model.megatron.x=1"]
+    overrides += ["tracking.routing_every=3"]  # batches that wait would lack their routes
     lines = check_resume(read_config(run_yaml, overrides), run_dir)
     assert f"optim.lr: the run in {run_dir} has 1e-06, now 2e-06" in lines
     assert any(line.startswith("algorithm.clip.type: ") for line in lines)
     assert any(line.startswith("algorithm.clip.low: ") for line in lines)
     assert any(line.startswith("model.megatron.x: ") for line in lines)
+    assert any(line.startswith("tracking.routing_every: ") for line in lines)
     assert "use another run.dir" in lines[-1]
 
 
