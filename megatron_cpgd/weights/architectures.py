@@ -172,13 +172,11 @@ def decoder_table(model: Decoder) -> WeightTable:
     embedding_shape = (model.vocab, model.hidden)
     embedding = "model.embed_tokens.weight"
     ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
+    head = embedding if model.tied else "lm_head.weight"
     if model.prediction_layers:
-        further = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
-        reason = "predicts further tokens, which is not trained"
-        ignored.append(Ignored(rf"model\.layers\.({further})\..*", reason, carried=True))
+        ignored += _prediction_layers(model, embedding, head)
     if model.tied:
         ignored.append(Ignored(r"lm_head\.weight", "tied to the embedding by config.json"))
-    head = embedding if model.tied else "lm_head.weight"
     entries = [vocab("embedding.word_embeddings.weight", embedding, embedding_shape)]
     for layer in range(model.layers):
         prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
@@ -196,6 +194,19 @@ def decoder_table(model: Decoder) -> WeightTable:
     # A tied head exists under pipeline parallelism, where the last stage keeps its own copy.
     entries.append(vocab("output_layer.weight", head, embedding_shape, alias=model.tied))
     return WeightTable(tuple(entries), tuple(ignored))
+
+
+def _prediction_layers(model: Decoder, embedding: str, head: str) -> Iterator[Ignored]:
+    """The layers behind the last one, each with the embedding and the output layer once more."""
+    numbers = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
+    reason = "predicts further tokens, which is not trained"
+    for name, original in (
+        (r"embed_tokens\.weight", embedding),
+        (r"shared_head\.head\.weight", head),
+        (".*", None),
+    ):
+        pattern = rf"model\.layers\.({numbers})\.{name}"
+        yield Ignored(pattern, reason, carried=True, copy_of=original)
 
 
 def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:

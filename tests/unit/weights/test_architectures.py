@@ -148,7 +148,13 @@ def test_layers_that_predict_further_tokens_are_carried_over() -> None:
     config = {"model_type": "glm4_moe", **BASE, **GLM4_MOE, "num_nextn_predict_layers": 1}
     table = weight_table(config)  # layers 0 and 1, and layer 2 behind them
     ignored = table.find_ignored("model.layers.2.eh_proj.weight")
-    assert ignored is not None and ignored.carried
+    assert ignored is not None and ignored.carried and ignored.copy_of is None
+    for name, original in {
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "shared_head.head.weight": "lm_head.weight",
+    }.items():
+        ignored = table.find_ignored(f"model.layers.2.{name}")
+        assert ignored is not None and ignored.carried and ignored.copy_of == original
     assert table.find_ignored("model.layers.3.eh_proj.weight") is None
     del config["num_nextn_predict_layers"]
     assert weight_table(config).find_ignored("model.layers.2.eh_proj.weight") is None
