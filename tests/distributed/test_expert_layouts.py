@@ -93,6 +93,10 @@ def test_a_step_with_latent_attention_equals_that_of_one_rank(deepseek, layout):
     check(deepseek, (LAYOUTS | SLOW)[layout])
 
 
+def test_so_does_one_whose_queries_have_no_latent(tmp_path):
+    check(make_reference(tmp_path, "deepseek_v3", steps=1, q_lora_rank=None), LAYOUTS["tp2_ep2"])
+
+
 @pytest.mark.parametrize("layout", layouts("tp2_dp2_ep2_etp2", "pp2_dp2_ep2"))
 def test_a_step_with_shared_experts_equals_that_of_one_rank(glm, layout):
     check(glm, (LAYOUTS | SLOW)[layout])

@@ -36,7 +36,9 @@ MODELS = {
     ),
     "mixtral": ("mixtral", {}),
     "deepseek_v3": ("deepseek_v3", {}),
-    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN}),
+    # The norms inside the attention keep their epsilon.
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN, "rms_norm_eps": 1e-2}),
+    "deepseek_v3_plain_queries": ("deepseek_v3", {"q_lora_rank": None, "rms_norm_eps": 1e-2}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
 }

@@ -62,6 +62,7 @@ MODELS = {
     "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
     "deepseek-v3": (DeepseekV3Config, DEEPSEEK_V3),
+    "deepseek-v3-plain-queries": (DeepseekV3Config, DEEPSEEK_V3 | {"q_lora_rank": None}),
     "glm4-moe": (Glm4MoeConfig, GLM4_MOE),
     "glm4-moe-qk-norm": (Glm4MoeConfig, GLM4_MOE | {"use_qk_norm": True}),
     "mixtral": (MixtralConfig, {"num_local_experts": 3}),
