@@ -249,14 +249,13 @@ def _latent_attention(
     # The rotated part of the keys bypasses the second projection.
     down_rows = latent.kv_rank + latent.rotary_dim
     up_rows = model.heads * (latent.qk_head_dim + latent.v_head_dim)
-    sides = [("kv", latent.kv_rank, down_rows, up_rows, "kv_a_proj_with_mqa")]
+    sides = []
     if latent.q_rank is None:
-        shape = (query_rows, model.hidden)
-        yield rename(
-            (f"{attention}linear_q_proj.weight",), f"{hf_attention}q_proj.weight", shape, "rows"
-        )
+        name, shape = (f"{attention}linear_q_proj.weight",), (query_rows, model.hidden)
+        yield rename(name, f"{hf_attention}q_proj.weight", shape, "rows")
     else:
-        sides.insert(0, ("q", latent.q_rank, latent.q_rank, query_rows, "q_a_proj"))
+        sides.append(("q", latent.q_rank, latent.q_rank, query_rows, "q_a_proj"))
+    sides.append(("kv", latent.kv_rank, down_rows, up_rows, "kv_a_proj_with_mqa"))
     for side, rank, down_rows, up_rows, hf_down in sides:
         down = (f"{attention}linear_{side}_down_proj.weight",)
         yield rename(down, f"{hf_attention}{hf_down}.weight", (down_rows, model.hidden))

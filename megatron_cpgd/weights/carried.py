@@ -33,16 +33,17 @@ class CarriedTensors:
     @classmethod
     def find(cls, source: HfCheckpoint, table: WeightTable) -> Self:
         """Those of a model's files, opened; a copy is one only if its bits are those."""
-        carried = cls(source, [], {})
+        names: list[str] = []
+        copies: dict[str, str] = {}
         for name in source.names:
             ignored = table.find_ignored(name)
             if ignored is None or not ignored.carried:
                 continue
             if ignored.copy_of is not None and source.equal(name, ignored.copy_of):
-                carried.copies[name] = ignored.copy_of
+                copies[name] = ignored.copy_of
             else:
-                carried.names.append(name)
-        return carried
+                names.append(name)
+        return cls(source, names, copies)
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -108,7 +108,8 @@ def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
 def add_prediction_layers(path: Path, count: int = 2) -> None:
     """Give a saved model layers that predict further tokens, as the released files have them."""
     weights = load_file(path / "model.safetensors")
-    last, hidden = SIZES["num_hidden_layers"] - 1, SIZES["hidden_size"]
+    config = json.loads((path / "config.json").read_text())
+    last, hidden = config["num_hidden_layers"] - 1, config["hidden_size"]
     block = {n: x for n, x in weights.items() if n.startswith(f"model.layers.{last}.")}
     for layer in range(last + 1, last + 1 + count):
         prefix = f"model.layers.{layer}."
@@ -126,7 +127,6 @@ def add_prediction_layers(path: Path, count: int = 2) -> None:
             f"{prefix}shared_head.head.weight": weights["lm_head.weight"].clone(),
         }
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
     config["num_nextn_predict_layers"] = count
     (path / "config.json").write_text(json.dumps(config))
 
