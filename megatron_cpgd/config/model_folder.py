@@ -91,6 +91,13 @@ def _architecture(hf: dict[str, Any], path: Path, where: str) -> Iterator[str]:
         yield f"{where}={path}: model_type {model_type!r} is not one of {supported}"
     elif classes and classes != [ARCHITECTURES[model_type]]:
         yield f"{where}={path}: architectures {classes} is not one of {supported}"
+    if model_type == "deepseek_v3":
+        for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+            if hf.get(name) != value:
+                yield (
+                    f"{where}={path}: {name} of config.json must be {value!r}, got "
+                    f"{hf.get(name)!r}; the trainer's router is that one, vLLM's is what it says"
+                )
     if "quantization_config" in hf:
         yield f"{where}={path}: quantised weights cannot be trained; use the bf16 checkpoint"
     # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.

@@ -28,12 +28,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.carried import CarriedTensors
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import copy_side_files
+from megatron_cpgd.weights.table import WeightTable
+from megatron_cpgd.weights.tensor_file import TensorFile
 
 MANIFEST = "MANIFEST.json"
 TRAINER_STATE = "trainer_state.json"
 HF_FILES = "hf"
 """Folder inside a checkpoint with config.json and tokenizer of the model."""
+NOT_TRAINED = "not_trained.safetensors"
+"""What the model's source has beside the model, e.g. layers that predict further tokens."""
 FORMAT = "megatron_cpgd/1"
 
 
@@ -44,6 +50,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     *,
     hf_source: Path,
+    table: WeightTable,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write everything, then the manifest, then give the folder its name. Collective.
@@ -51,8 +58,8 @@ def save_checkpoint(
     Args:
         optimizer: None saves the weights only.
         trainer_state: what JSON can hold.
-        hf_source: folder whose config.json and tokenizer go along, so that the checkpoint alone
-            is enough to build the model and to convert it back.
+        hf_source: folder whose config.json, tokenizer and tensors that `table` carries over go
+            along, so that the checkpoint alone is enough to build the model and to convert it back.
         files: further ones, name -> content; read on rank 0 only.
     """
     partial = path.with_name(path.name + ".partial")
@@ -77,9 +84,11 @@ def save_checkpoint(
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
-        _commit(
-            partial, path, trainer_state, {"has_optimizer": optimizer is not None, "dtype": dtype}
-        )
+        facts: dict[str, Any] = {"has_optimizer": optimizer is not None, "dtype": dtype}
+        if table.carries:
+            with CarriedTensors.find(HfCheckpoint.open(hf_source), table) as carried:
+                facts["not_trained"] = carried.save(partial / NOT_TRAINED)
+        _commit(partial, path, trainer_state, facts)
     dist.barrier()
 
 
@@ -134,6 +143,27 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise ConversionError(f"{file}: expected {size} bytes, the file {found}")
     return manifest
+
+
+def carried_file(path: Path, table: WeightTable) -> Path | None:
+    """The file of a checkpoint that holds what `table` carries over, if it carries anything.
+
+    Raises:
+        ConversionError: it is not that which the checkpoint was saved with.
+    """
+    if not table.carries:
+        return None
+    file, expected = path / NOT_TRAINED, check_checkpoint(path).get("not_trained")
+    if expected is None:
+        raise ConversionError(
+            f"{path}: has no {NOT_TRAINED} with the layers that predict further tokens "
+            "(num_nextn_predict_layers); an older version has written it, make it again"
+        )
+    with TensorFile.open(file) as opened:
+        digest = opened.digest()
+    if digest != expected:
+        raise ConversionError(f"{file}: expected the digest {expected}, the file has {digest}")
+    return file
 
 
 def _metadata() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.checkpoint import (
     HF_FILES,
+    carried_file,
     check_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -49,7 +50,7 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: str) -> None:
         checkpoint.check(table)
         chunks = _build(checkpoint.config, hf_dir, torch_dtype(dtype), info)
         load_hf_weights(chunks, table, checkpoint, info)
-        save_checkpoint(out_dir, chunks, None, {}, hf_source=hf_dir)
+        save_checkpoint(out_dir, chunks, None, {}, hf_source=hf_dir, table=table)
     logger.info("wrote %s", out_dir)
 
 
@@ -67,7 +68,12 @@ def megatron_to_hf(checkpoint_dir: Path, out_dir: Path, *, max_shard_bytes: int)
     table = weight_table(config)
     with _one_rank() as info:
         writer = HfWriter.create(
-            out_dir, table=table, source_dir=source, dtype=dtype, max_shard_bytes=max_shard_bytes
+            out_dir,
+            table=table,
+            source_dir=source,
+            carried_file=carried_file(checkpoint_dir, table),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
         )
         try:
             chunks = _build(config, source, dtype, info)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from megatron_cpgd.policy.context_parallel import rank_positions
+from megatron_cpgd.policy.latent_attention import LatentAttention
 
 
 def use_cpu_layers(block: Any) -> Any:
@@ -26,8 +26,8 @@ def use_cpu_layers(block: Any) -> Any:
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         self_attention = layer.submodules.self_attention
-        if self_attention.module is MLASelfAttention:
-            self_attention.module = LatentAttention
+        if self_attention.module is LatentAttention:
+            self_attention.module = CpuLatentAttention
         attention = self_attention.submodules
         attention.core_attention = Attention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
@@ -51,7 +51,7 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+class CpuLatentAttention(LatentAttention):
     """Multi-latent attention whose down projections are on every tensor-parallel rank.
 
     So does Transformer Engine's. The local layer cuts them by rows, and loses the sum over ranks of
@@ -61,7 +61,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         kv_rows = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_q_down_proj = _ReplicatedLinear(config, config.q_lora_rank)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = _ReplicatedLinear(config, config.q_lora_rank)
         self.linear_kv_down_proj = _ReplicatedLinear(config, kv_rows)
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
+from megatron_cpgd.policy.latent_attention import use_latent_attention
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.rope import rope_arguments
 
@@ -37,6 +38,8 @@ def build_chunks(
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
         )
+        if config.multi_latent_attention:
+            use_latent_attention(spec, config.q_lora_rank)
         chunk = GPTModel(
             config,
             spec if on_gpu else use_cpu_layers(spec),

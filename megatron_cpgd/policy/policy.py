@@ -321,8 +321,9 @@ class Policy:
         optimizer = self._optimizer if self.updates else None
         state = steps | trainer_state
         save_checkpoint(
-            path, self._chunks, optimizer, state, hf_source=self._hf_source, files=files
-        )
+            path, self._chunks, optimizer, state, hf_source=self._hf_source, table=self._table,
+            files=files,
+        )  # fmt: skip
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; returns its trainer state."""

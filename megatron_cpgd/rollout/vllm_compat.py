@@ -7,8 +7,14 @@ and copied into the storage that the engine uses. It has no rollback, so one is 
 Routes are captured where a router of vllm/model_executor/layers/fused_moe/router has chosen. A
 "monolithic" kernel chooses for itself and the routes stay all 0 without a word; on CPU there is no
 other kind.
+
+Latent attention on CPU: vLLM has no kernel for it, but computes it with full heads when told not to
+use such kernels. Its norm and RoPE kernels for CPU then give wrong numbers without a word: the norm
+takes a slice of a wider tensor (the latent) for contiguous, RoPE turns the first head only. Both
+have plain PyTorch behind them, which is right.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -55,6 +61,18 @@ def has_experts(model_dir: str, *, trust_remote_code: bool) -> bool:
     except ValueError:
         return False
     return True
+
+
+def has_latent_attention(model_dir: str, *, trust_remote_code: bool) -> bool:
+    """Whether the model's keys and values come from a common latent (MLA)."""
+    config = get_config(model_dir, trust_remote_code=trust_remote_code).get_text_config()
+    return getattr(config, "kv_lora_rank", None) is not None
+
+
+def latent_attention_on_cpu() -> dict[str, Any]:
+    """Arguments of `vllm.LLM` without which it is refused or wrong; sets a variable of vLLM too."""
+    os.environ["VLLM_MLA_DISABLE"] = "1"
+    return {"compilation_config": {"custom_ops": ["-rms_norm", "-rotary_embedding"]}}
 
 
 @contextmanager

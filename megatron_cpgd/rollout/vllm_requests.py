@@ -64,6 +64,10 @@ def build_llm(launch: Launch) -> LLM:
         "worker_extension_cls": "megatron_cpgd.rollout.worker_extension.WorkerExtension",
         "enable_return_routed_experts": launch.return_routes,
     }
+    if vllm_compat.runs_on_cpu() and vllm_compat.has_latent_attention(
+        launch.model_dir, trust_remote_code=launch.trust_remote_code
+    ):
+        fixed |= vllm_compat.latent_attention_on_cpu()
     check_engine_args(launch.engine_args, fixed=set(fixed))
     if launch.return_routes:
         check_routes_possible(launch)

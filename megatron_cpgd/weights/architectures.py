@@ -45,7 +45,8 @@ class Experts:
 class LatentAttention:
     """Attention through low-rank projections of queries, and of keys and values together."""
 
-    q_rank: int
+    q_rank: int | None
+    """None: queries have a single projection."""
     kv_rank: int
     qk_head_dim: int
     """Of the part of queries and keys without rotation."""
@@ -152,11 +153,12 @@ def glm4_moe(config: HfConfig) -> Decoder:
 
 def deepseek_v3(config: HfConfig) -> Decoder:
     """DeepSeek-V3: latent attention; shared experts; the first layers are dense."""
+    has_q_proj = config.get("q_lora_rank", 0) is None  # transformers takes 1536 for a missing one
     return _decoder(
         config,
         qk_norm=True,
         latent=LatentAttention(
-            q_rank=_positive(config, "q_lora_rank"),
+            q_rank=None if has_q_proj else _positive(config, "q_lora_rank"),
             kv_rank=_positive(config, "kv_lora_rank"),
             qk_head_dim=_positive(config, "qk_nope_head_dim"),
             rotary_dim=_positive(config, "qk_rope_head_dim"),
@@ -172,13 +174,11 @@ def decoder_table(model: Decoder) -> WeightTable:
     embedding_shape = (model.vocab, model.hidden)
     embedding = "model.embed_tokens.weight"
     ignored = [Ignored(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "is recomputed")]
+    head = embedding if model.tied else "lm_head.weight"
     if model.prediction_layers:
-        further = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
-        reason = "predicts further tokens, which is not trained"
-        ignored.append(Ignored(rf"model\.layers\.({further})\..*", reason, carried=True))
+        ignored += _prediction_layers(model, embedding, head)
     if model.tied:
         ignored.append(Ignored(r"lm_head\.weight", "tied to the embedding by config.json"))
-    head = embedding if model.tied else "lm_head.weight"
     entries = [vocab("embedding.word_embeddings.weight", embedding, embedding_shape)]
     for layer in range(model.layers):
         prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
@@ -196,6 +196,19 @@ def decoder_table(model: Decoder) -> WeightTable:
     # A tied head exists under pipeline parallelism, where the last stage keeps its own copy.
     entries.append(vocab("output_layer.weight", head, embedding_shape, alias=model.tied))
     return WeightTable(tuple(entries), tuple(ignored))
+
+
+def _prediction_layers(model: Decoder, embedding: str, head: str) -> Iterator[Ignored]:
+    """The layers behind the last one, each with the embedding and the output layer once more."""
+    numbers = "|".join(str(model.layers + i) for i in range(model.prediction_layers))
+    reason = "predicts further tokens, which is not trained"
+    for name, original in (
+        (r"embed_tokens\.weight", embedding),
+        (r"shared_head\.head\.weight", head),
+        (".*", None),
+    ):
+        pattern = rf"model\.layers\.({numbers})\.{name}"
+        yield Ignored(pattern, reason, carried=True, copy_of=original)
 
 
 def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
@@ -232,23 +245,25 @@ def _latent_attention(
     norm = "input_layernorm.weight"
     yield rename((f"{megatron}{norm}",), f"{hf}{norm}", (model.hidden,))
     attention, hf_attention = f"{megatron}self_attention.", f"{hf}self_attn."
-    for side, rank, rotated, head_dim, hf_down in (
-        ("q", latent.q_rank, 0, latent.qk_head_dim + latent.rotary_dim, "q_a_proj"),
-        (
-            "kv",
-            latent.kv_rank,
-            latent.rotary_dim,  # the rotated part of the keys bypasses the second projection
-            latent.qk_head_dim + latent.v_head_dim,
-            "kv_a_proj_with_mqa",
-        ),
-    ):
+    query_rows = model.heads * (latent.qk_head_dim + latent.rotary_dim)
+    # The rotated part of the keys bypasses the second projection.
+    down_rows = latent.kv_rank + latent.rotary_dim
+    up_rows = model.heads * (latent.qk_head_dim + latent.v_head_dim)
+    sides = []
+    if latent.q_rank is None:
+        name, shape = (f"{attention}linear_q_proj.weight",), (query_rows, model.hidden)
+        yield rename(name, f"{hf_attention}q_proj.weight", shape, "rows")
+    else:
+        sides.append(("q", latent.q_rank, latent.q_rank, query_rows, "q_a_proj"))
+    sides.append(("kv", latent.kv_rank, down_rows, up_rows, "kv_a_proj_with_mqa"))
+    for side, rank, down_rows, up_rows, hf_down in sides:
         down = (f"{attention}linear_{side}_down_proj.weight",)
-        yield rename(down, f"{hf_attention}{hf_down}.weight", (rank + rotated, model.hidden))
+        yield rename(down, f"{hf_attention}{hf_down}.weight", (down_rows, model.hidden))
         up = f"{attention}linear_{side}_up_proj."
         norms = (f"{attention}{side}_layernorm.weight", f"{up}layer_norm_weight")
         yield rename(norms, f"{hf_attention}{side}_a_layernorm.weight", (rank,))
-        shape = (model.heads * head_dim, rank)
-        yield rename((f"{up}weight",), f"{hf_attention}{side}_b_proj.weight", shape, "rows")
+        name = (f"{up}weight",)
+        yield rename(name, f"{hf_attention}{side}_b_proj.weight", (up_rows, rank), "rows")
     shape = (model.hidden, model.heads * latent.v_head_dim)
     yield from _row_parallel(f"{attention}linear_proj", f"{hf_attention}o_proj", shape, bias=False)
 

@@ -63,6 +63,12 @@ class HfCheckpoint:
         """A copy of one slice; only the pages it touches are read from disk."""
         return self._file_of[name].view(name)[index].clone()
 
+    def equal(self, left: str, right: str) -> bool:
+        """Whether two tensors hold the same values in the same number format."""
+        if (self.dtype(left), self.shape(left)) != (self.dtype(right), self.shape(right)):
+            return False
+        return torch.equal(*(self._file_of[name].view(name) for name in (left, right)))
+
     def check(self, table: WeightTable) -> None:
         """Compare names, shapes and dtypes with the model.
 
@@ -79,17 +85,25 @@ class HfCheckpoint:
                 )
             elif self.dtype(name) not in FLOAT_DTYPES:
                 problems.append(f"{name}: {self.dtype(name)} is not a supported number format")
-        left_out: dict[str, list[str]] = {}
+        others: dict[tuple[str, bool], list[str]] = {}
         for name in self.names:
             if name in table.hf_shapes:
                 continue
             if ignored := table.find_ignored(name):
-                left_out.setdefault(ignored.reason, []).append(name)
+                others.setdefault((ignored.reason, ignored.carried), []).append(name)
             else:
                 problems.append(f"{name} {list(self.shape(name))} is not part of the model")
-        for reason, names in left_out.items():
+        if table.carries and not any(carried for _, carried in others):
+            logger.warning(
+                "%s: config.json has num_nextn_predict_layers=%s, the files have no such layer: "
+                "neither will what is exported",
+                self.path,
+                self.config.get("num_nextn_predict_layers"),
+            )
+        for (reason, carried), names in others.items():
             which = "is" if len(names) == 1 else f"and {len(names) - 1} more are"
-            logger.info("%s: %s %s left out: %s", self.path, names[0], which, reason)
+            fate = "carried over" if carried else "left out"
+            logger.info("%s: %s %s %s: %s", self.path, names[0], which, fate, reason)
         raise_problems(f"{self.path} does not fit its config.json", problems)
 
     def close(self) -> None:

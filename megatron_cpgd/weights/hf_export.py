@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.carried import CarriedTensors, Tensors
 from megatron_cpgd.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, read_config
 from megatron_cpgd.weights.table import WeightTable
 from megatron_cpgd.weights.tensor_file import TensorFile, tensor_bytes
@@ -22,8 +23,6 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 CODE_FILES = ("*.py",)
 DEFAULT_SHARD_BYTES = 5 * 2**30
 
-Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
 
 class HfWriter:
     """A checkpoint under construction, in a hidden folder beside its final place.
@@ -32,11 +31,14 @@ class HfWriter:
     `commit` when all have finished, or `abort`.
     """
 
-    def __init__(self, out_dir: Path, files: list[TensorFile], *, overwrite: bool) -> None:
+    def __init__(
+        self, out_dir: Path, files: list[TensorFile], copies: dict[str, str], *, overwrite: bool
+    ) -> None:
         """Use `create` or `attach`."""
         self.out_dir = out_dir
         self._files = files
         self._file_of = {name: file for file in files for name in file.names}
+        self._copies = copies
         self._overwrite = overwrite
 
     @classmethod
@@ -47,6 +49,7 @@ class HfWriter:
         table: WeightTable,
         source_dir: Path,
         dtype: torch.dtype,
+        carried_file: Path | None = None,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
         copy_code: bool = False,
@@ -54,9 +57,11 @@ class HfWriter:
         """Lay out all files, zero-filled, in layer order.
 
         Args:
-            source_dir: checkpoint that gives config.json, tokenizer, chat template and, if its
-                weights are there, the tensors that the table carries over.
-            dtype: number format of all tensors but those that the model keeps in float32.
+            source_dir: checkpoint that gives config.json, tokenizer, chat template and the tensors
+                that the table carries over.
+            dtype: number format of all trained tensors but those that the model keeps in float32.
+            carried_file: `CarriedTensors.save` has written it; in place of the weights of
+                source_dir.
             overwrite: let `commit` replace out_dir if it holds a checkpoint already.
             copy_code: also copy the source's Python files.
 
@@ -73,11 +78,15 @@ class HfWriter:
         try:
             copy_side_files(source_dir, partial, SIDE_FILES + (CODE_FILES if copy_code else ()))
             _write_json(partial / "config.json", _with_dtype(config, dtype))
-            files = _create_files(partial, table, source_dir, dtype, max_shard_bytes)
+            with _open_carried(table, source_dir, carried_file) as carried:
+                tensors = carried.layout(table.hf_tensors(dtype))
+                files = _create_files(partial, tensors, max_shard_bytes)
+                writer = cls(out_dir, files, carried.copies, overwrite=overwrite)
+                carried.copy_to(writer.view)
+                return writer
         except BaseException:
             shutil.rmtree(partial)
             raise
-        return cls(out_dir, files, overwrite=overwrite)
 
     @classmethod
     def attach(cls, out_dir: Path) -> Self:
@@ -86,7 +95,7 @@ class HfWriter:
         if not paths:
             raise ConversionError(f"{out_dir}: no export is under way in {_partial_dir(out_dir)}")
         files = [TensorFile.open(path, writable=True) for path in paths]
-        return cls(out_dir, files, overwrite=False)
+        return cls(out_dir, files, {}, overwrite=False)
 
     def view(self, hf_name: str) -> Tensor:
         """The full tensor in its file; what is written to it is in the checkpoint."""
@@ -98,6 +107,8 @@ class HfWriter:
         Raises:
             ConversionError: out_dir has come into being since `create`.
         """
+        for copy, original in self._copies.items():
+            self.view(copy).copy_(self.view(original))
         for file in self._files:
             file.flush()
         self.close()
@@ -151,29 +162,17 @@ def _check_out_dir(out_dir: Path, source_dir: Path, *, overwrite: bool) -> None:
         )
 
 
-def _create_files(
-    folder: Path, table: WeightTable, source_dir: Path, dtype: torch.dtype, max_shard_bytes: int
-) -> list[TensorFile]:
-    """All files; the tensors that are carried over from the source have their values."""
-    tensors = table.hf_tensors(dtype)
-    if not any(ignored.carried for ignored in table.ignored):
-        return _create_shards(folder, tensors, max_shard_bytes)
-    if not any(source_dir.glob("*.safetensors")):
-        logger.warning("%s has no weights: layers that are not trained are left out", source_dir)
-        return _create_shards(folder, tensors, max_shard_bytes)
-    with HfCheckpoint.open(source_dir) as source:
-        for name in source.names:
-            ignored = table.find_ignored(name)
-            if ignored is not None and ignored.carried:
-                tensors[name] = (source.dtype(name), source.shape(name))
-        files = _create_shards(folder, tensors, max_shard_bytes)
-        for file in files:
-            for name in file.slots.keys() - table.hf_shapes.keys():
-                file.view(name).copy_(source.read(name, ()))
-        return files
+def _open_carried(
+    table: WeightTable, source_dir: Path, carried_file: Path | None
+) -> CarriedTensors:
+    if not table.carries:
+        return CarriedTensors(HfCheckpoint(source_dir, {}, []), [], {})
+    if carried_file is not None:
+        return CarriedTensors.open(carried_file)
+    return CarriedTensors.find(HfCheckpoint.open(source_dir), table)
 
 
-def _create_shards(folder: Path, tensors: Tensors, max_shard_bytes: int) -> list[TensorFile]:
+def _create_files(folder: Path, tensors: Tensors, max_shard_bytes: int) -> list[TensorFile]:
     """The safetensors files and, if they are several, their index."""
     shards = plan_shards(tensors, max_shard_bytes)
     names = [SINGLE_FILE]

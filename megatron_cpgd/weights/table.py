@@ -79,6 +79,8 @@ class Ignored:
     reason: str
     carried: bool = False
     """A new checkpoint takes them over from its source."""
+    copy_of: str | None = None
+    """The trained HF tensor that a carried one equals, if it is a copy."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class WeightTable:
                 f"Megatron parameter {megatron_name} has no Hugging Face counterpart in the weight "
                 f"table; the table has e.g. {self.entries[0].name}; check model.megatron"
             ) from None
+
+    @property
+    def carries(self) -> bool:
+        """Whether checkpoints may hold tensors that are taken over from their source."""
+        return any(ignored.carried for ignored in self.ignored)
 
     def find_ignored(self, hf_name: str) -> Ignored | None:
         """Why a tensor of the checkpoint may be left out, or None if it may not."""

@@ -27,6 +27,7 @@ SLOW = {
     "dp4_ep2": {"dp": 4, "ep": 2},
     "tp2_dp2_ep2": {"tp": 2, "dp": 2, "ep": 2},
     "cp2_dp2_ep2": {"cp": 2, "dp": 2, "ep": 2},
+    "tp2_pp2_ep2": {"tp": 2, "pp": 2, "ep": 2},
     "tp2_pp2_dp2_ep2": {"tp": 2, "pp": 2, "dp": 2, "ep": 2},
     "tp2_pp2_dp2_ep2_etp2": {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "etp": 2},
 }
@@ -81,14 +82,24 @@ def deepseek(tmp_path_factory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("deepseek"), "deepseek_v3", steps=1)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_dp2_ep2_etp2", "cp2_ep2"])
+def layouts(*usual: str) -> list[Any]:
+    """All layouts; those that are not usual are slow."""
+    marks = {name: () if name in usual else pytest.mark.slow for name in LAYOUTS | SLOW}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+@pytest.mark.parametrize("layout", layouts("tp2_dp2_ep2_etp2", "cp2_ep2"))
 def test_a_step_with_latent_attention_equals_that_of_one_rank(deepseek, layout):
-    check(deepseek, LAYOUTS[layout])
+    check(deepseek, (LAYOUTS | SLOW)[layout])
 
 
-@pytest.mark.parametrize("layout", ["dp2_ep2", "tp2_dp2_ep2_etp2", "pp2_dp2_ep2"])
+def test_so_does_one_whose_queries_have_no_latent(tmp_path):
+    check(make_reference(tmp_path, "deepseek_v3", steps=1, q_lora_rank=None), LAYOUTS["tp2_ep2"])
+
+
+@pytest.mark.parametrize("layout", layouts("tp2_dp2_ep2_etp2", "pp2_dp2_ep2"))
 def test_a_step_with_shared_experts_equals_that_of_one_rank(glm, layout):
-    check(glm, LAYOUTS[layout])
+    check(glm, (LAYOUTS | SLOW)[layout])
 
 
 def test_padded_batches_train_experts_like_packed_ones(reference):

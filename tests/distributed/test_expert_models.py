@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.helpers.model_jobs import convert_job, held_experts_job, logits_job, round_trip_job
+from tests.helpers.model_jobs import held_experts_job, logits_job, round_trip_job
 from tests.helpers.policy_jobs import train_job, with_old_logprobs
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
@@ -36,7 +36,9 @@ MODELS = {
     ),
     "mixtral": ("mixtral", {}),
     "deepseek_v3": ("deepseek_v3", {}),
-    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN}),
+    # The norms inside the attention keep their epsilon.
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN, "rms_norm_eps": 1e-2}),
+    "deepseek_v3_plain_queries": ("deepseek_v3", {"q_lora_rank": None, "rms_norm_eps": 1e-2}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
 }
@@ -91,22 +93,6 @@ def test_the_bias_of_a_router_keeps_its_fp32_bits_in_a_bf16_training(tmp_path):
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         assert torch.equal(trained[name], original[name])
         assert not torch.equal(original[name], original[name].bfloat16().float())
-
-
-def test_converting_there_and_back_in_bf16_changes_no_bit(tmp_path):
-    source = tmp_path / "source"
-    save_tiny_model(source, "glm4_moe")
-    bias = "e_score_correction_bias"
-    original = {
-        name: tensor if name.endswith(bias) else tensor.bfloat16()
-        for name, tensor in load_file(source / "model.safetensors").items()
-    }
-    save_file(original, source / "model.safetensors", {"format": "pt"})
-    run_distributed(1, convert_job, source, tmp_path)
-    back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == original.keys()
-    for name, tensor in original.items():
-        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """A mixture of experts, layer 1 dense, and the same with its routers' rows reversed."""
+    return save_models(tmp_path_factory, "qwen3_moe", mlp_only_layers=[1])
+
+
+def save_models(tmp_path_factory, architecture: str, **overrides: Any) -> tuple[Path, Path]:
     path, reversed_path = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("reversed")
-    model = save_tiny_model(path, "qwen3_moe", mlp_only_layers=[1])
+    model = save_tiny_model(path, architecture, **overrides)
     with torch.no_grad():
         for layer in model.model.layers:
             if hasattr(layer.mlp, "gate"):
@@ -49,7 +53,10 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def reference(folders) -> Reference:
-    path, reversed_path = folders
+    return make_replay_reference(*folders)
+
+
+def make_replay_reference(path: Path, reversed_path: Path) -> Reference:
     sequences = tiny_sequences()
     config = tiny_config(reversed_path, **REPLAY)
     [(logprobs, routes)] = run_distributed(1, record_job, config, sequences)
@@ -71,6 +78,34 @@ def check(reference: Reference, parallel: dict[str, Any], **sections: Any) -> No
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_three_steps_with_replayed_routes_equal_those_of_one_rank(reference, layout):
     check(reference, LAYOUTS[layout])
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory) -> Reference:
+    """Latent attention, shared experts; sigmoid scores with a bias, limited to some groups."""
+    return make_replay_reference(*save_models(tmp_path_factory, "deepseek_v3"))
+
+
+DEEPSEEK_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2_ep2": {"tp": 2, "ep": 2},
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "dp4_ep4": {"dp": 4, "ep": 4},
+    "tp2_dp2_ep2_etp2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+    "pp2_dp2_ep2": {"pp": 2, "dp": 2, "ep": 2},
+    "cp2_ep2": {"cp": 2, "ep": 2},
+    "tp2_pp2_ep2": {"tp": 2, "pp": 2, "ep": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name == "tp2_ep2" else pytest.mark.slow)
+        for name in DEEPSEEK_LAYOUTS
+    ],
+)
+def test_so_do_three_of_deepseek_v3(deepseek, layout):
+    check(deepseek, DEEPSEEK_LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", ["pp2_vpp2", "tp2_cp2"])

@@ -11,9 +11,10 @@ import torch
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.types import TrainSequence
-from tests.helpers.full_run import settings, write_moe_assets, write_yaml
+from tests.helpers.full_run import settings, write_assets, write_moe_model, write_yaml
 from tests.helpers.gap_jobs import load_tool, measure_job, noisy_replay_job, shifted_job
 from tests.helpers.ranks import run_distributed
+from tests.helpers.tiny_moe_engine import moe_config
 
 NOISES = [0.0, 0.01, 0.03, 0.1, 0.3]
 
@@ -29,7 +30,8 @@ class Sampled:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory) -> Sampled:
-    folder = write_moe_assets(tmp_path_factory.mktemp("gap"))
+    folder = write_assets(tmp_path_factory.mktemp("gap"))
+    write_moe_model(folder, "model", moe_config)
     content = settings(folder)
     content["run"]["dir"] = str(folder / "run")
     content["rollout"] |= {"prompts_per_step": 24, "max_response_tokens": 24}

@@ -13,7 +13,7 @@ from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.rollout.vllm_engine import VllmEngine
 from megatron_cpgd.types import Rollout
 from megatron_cpgd.weights.tensor_file import TensorFile
-from tests.helpers.tiny_moe_engine import split_experts
+from tests.helpers.tiny_moe_engine import router_choices, split_experts
 
 VOCAB = 67
 MAX_MODEL_LEN = 256
@@ -56,8 +56,8 @@ def random_model(config, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+        for name, tensor in [*model.named_parameters(), *correction_biases(model).items()]:
+            tensor.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
     return model.eval()
 
 
@@ -66,8 +66,13 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         weights |= split_experts(name, parameter.detach())
-    buffers = dict(model.named_buffers())
-    return weights | {name: buffers[name] for name in buffers if name.endswith("correction_bias")}
+    return weights | correction_biases(model)
+
+
+def correction_biases(model: nn.Module) -> dict[str, Tensor]:
+    """Of routers with sigmoid scores."""
+    buffers = model.named_buffers()
+    return {name: x for name, x in buffers if name.endswith(".e_score_correction_bias")}
 
 
 def write_arena(path: Path, weights: dict[str, Tensor]) -> Path:
@@ -91,6 +96,26 @@ def logprob_error(
             expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
             errors.append((expected - torch.tensor(rollout.logprobs)).abs().max().item())
     return max(errors)
+
+
+def differing_entries(
+    model: nn.Module, prompts: list[list[int]], groups: list[list[Rollout]]
+) -> tuple[int, int]:
+    """(token, layer) places whose set of experts is not that of transformers' router; and all."""
+    wrong = total = 0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group:
+            tokens, layout = prompt + rollout.token_ids, rollout.routes.layout
+            expected = router_choices(model, tokens)
+            assert expected.shape == (len(tokens) - 1, len(layout.layers), layout.top_k)
+            wrong += count_differing(rollout.routes.tensor(), expected)
+            total += expected.shape[0] * expected.shape[1]
+    return wrong, total
+
+
+def count_differing(routes: Tensor, expected: Tensor) -> int:
+    left, right = (x.long().sort(-1).values for x in (routes, expected))
+    return int((left != right).any(-1).sum())
 
 
 @dataclass

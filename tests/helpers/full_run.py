@@ -40,25 +40,29 @@ def write_assets(folder: Path, experts: int = 0) -> Path:
     return folder
 
 
-def write_moe_assets(folder: Path) -> Path:
-    """As `write_assets`; 3 of 4 layers have 8 experts, whose choice moves the log-probs."""
+def write_moe_model(folder: Path, name: str, build_config: Callable[..., Any]) -> None:
+    """A random mixture of experts in folder/name, whose routers move the log-probs; with the
+    tokenizer of folder/model."""
     import torch
-    from transformers import AutoTokenizer, Qwen3MoeForCausalLM
+    from transformers import AutoTokenizer
+    from transformers.models.auto import AutoModelForCausalLM
 
-    from tests.helpers.tiny_moe_engine import moe_config
+    from tests.helpers.engines import correction_biases
 
-    write_assets(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = moe_config(
+    config = build_config(
         vocab_size=len(tokenizer),
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
-    return folder
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for bias in correction_biases(model).values():
+        bias.normal_(0, 0.1)
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
 
 
 def settings(assets: Path) -> dict[str, Any]:

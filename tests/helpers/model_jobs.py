@@ -1,13 +1,19 @@
 """Jobs for `run_distributed` about the model itself: logits, weights, log-prob function."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.logprobs import LogprobSettings, linear_logprobs
-from tests.helpers.policy_jobs import build_policy, write_weights
+from megatron_cpgd.run import export, save
+from megatron_cpgd.tracking.run_folder import RunFolder
+from megatron_cpgd.types import LossSequence
+from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
 
 
 def logits_job(config: ExperimentConfig, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,12 +53,37 @@ def load_weights_job(config: ExperimentConfig, folder: Path, target: Path) -> No
 
 
 def convert_job(source: Path, folder: Path) -> None:
-    """`source` as a bf16 Megatron checkpoint, and that as a Hugging Face folder again."""
+    """`source` as a bf16 Megatron checkpoint, and that alone as a Hugging Face folder again."""
     from megatron_cpgd.policy.convert import hf_to_megatron, megatron_to_hf
 
     dist.destroy_process_group()  # the converters make a world of their own
     hf_to_megatron(source, folder / "megatron", dtype="bf16")
+    source.rename(folder / "away")
     megatron_to_hf(folder / "megatron", folder / "back", max_shard_bytes=10**9)
+
+
+def convert_back_job(checkpoint: Path, target: Path) -> str | None:
+    """A checkpoint as a Hugging Face folder; the message if it is refused."""
+    from megatron_cpgd.policy.convert import megatron_to_hf
+
+    dist.destroy_process_group()
+    try:
+        megatron_to_hf(checkpoint, target, max_shard_bytes=10**9)
+    except ConversionError as error:
+        return str(error)
+    return None
+
+
+def export_job(config: ExperimentConfig, sequences: list[LossSequence], folder: Path) -> None:
+    """One step, a checkpoint and an export, as a run in `folder` makes them for step 1."""
+    policy = build_policy(config)
+    policy.train_step(sequences, OBJECTIVE)
+    run: Any = SimpleNamespace(
+        config=config, policy=policy, table=policy._table, folder=RunFolder(folder),
+        prompts=None, bad_steps=0, roll_backs=0,
+    )  # fmt: skip
+    save(run, 1)
+    export(run, 1)
 
 
 def sharded_logprobs_job(

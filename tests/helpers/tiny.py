@@ -1,9 +1,11 @@
 """Tiny random Hugging Face models and batches; every process makes the same ones."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -101,6 +103,32 @@ def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
                 tensor.add_(0.1 * torch.randn_like(tensor))
     model.save_pretrained(path)
     return model
+
+
+def add_prediction_layers(path: Path, count: int = 2) -> None:
+    """Give a saved model layers that predict further tokens, as the released files have them."""
+    weights = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    last, hidden = config["num_hidden_layers"] - 1, config["hidden_size"]
+    block = {n: x for n, x in weights.items() if n.startswith(f"model.layers.{last}.")}
+    for layer in range(last + 1, last + 1 + count):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            name.replace(f"model.layers.{last}.", prefix): torch.rand_like(x)
+            for name, x in block.items()
+        }
+        weights |= {
+            f"{prefix}{name}.weight": torch.rand(hidden)
+            for name in ("enorm", "hnorm", "shared_head.norm")
+        }
+        weights |= {
+            f"{prefix}eh_proj.weight": torch.rand(hidden, 2 * hidden),
+            f"{prefix}embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+            f"{prefix}shared_head.head.weight": weights["lm_head.weight"].clone(),
+        }
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config["num_nextn_predict_layers"] = count
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def tiny_config(model_path: Path, **sections: Any) -> ExperimentConfig:

@@ -4,11 +4,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Glm4MoeConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, Glm4MoeConfig, Qwen3MoeConfig
 
 MOE_LAYERS = [0, 2, 3]
 NUM_EXPERTS = 8
 TOP_K = 3
+SIGMOID_SIZES: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
 def moe_config(**changes: Any) -> Qwen3MoeConfig:
@@ -32,24 +49,32 @@ def moe_config(**changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**(sizes | changes))
 
 
-def biased_config() -> Glm4MoeConfig:
-    """Three layers, the first one dense; the routers have a selection bias."""
-    return Glm4MoeConfig(
-        vocab_size=67,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=64,
-        num_hidden_layers=3,
-        first_k_dense_replace=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        n_routed_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOP_K,
-        routed_scaling_factor=1.5,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
+def deepseek_config(**changes: Any) -> DeepseekV3Config:
+    """Layer 0 dense; 12 experts in 4 groups, of which two groups and 4 experts are chosen."""
+    sizes = SIGMOID_SIZES | {
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 20,
+        "scoring_func": "sigmoid",  # these two are for vLLM, transformers has no others
+        "topk_method": "noaux_tc",
+    }
+    return DeepseekV3Config(**(sizes | changes))
+
+
+def glm_config(**changes: Any) -> Glm4MoeConfig:
+    """Layer 0 dense; 3 of 12 experts are chosen."""
+    sizes = SIGMOID_SIZES | {
+        "num_experts_per_tok": 3,
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    }
+    return Glm4MoeConfig(**(sizes | changes))
 
 
 def split_experts(name: str, parameter: Tensor) -> dict[str, Tensor]:
@@ -74,23 +99,18 @@ def split_experts(name: str, parameter: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def router_choices(model: nn.Module, token_ids: list[int]) -> Tensor:
-    """[L - 1, MoE layers, top_k] as the router modules return them, the best expert first.
-
-    Those with a selection bias return logits.
-    """
+    """[L - 1, MoE layers, top_k] as the model's own modules choose them."""
     chosen: list[Tensor] = []
 
-    def note(gate: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            chosen.append(output[2])
-        else:
-            scores = output.sigmoid() + gate.e_score_correction_bias
-            chosen.append(scores.topk(TOP_K, dim=1).indices)
+    def note(block: Any, output: Any) -> None:
+        """`output` of the block's router: the choice is in it, or it is the block's own."""
+        with_choice = isinstance(output, tuple)
+        chosen.append(output[2] if with_choice else block.route_tokens_to_experts(output)[0])
 
     hooks = [
-        module.register_forward_hook(note)
-        for name, module in model.named_modules()
-        if name.endswith("mlp.gate")
+        block.gate.register_forward_hook(lambda gate, inputs, output, own=block: note(own, output))
+        for block in model.modules()
+        if hasattr(block, "gate")
     ]
     try:
         model(torch.tensor([token_ids[:-1]]))

@@ -134,10 +134,25 @@ def test_supported_rope_types_are_accepted(check, rope):
     assert check(rope_parameters=rope) == []
 
 
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "architectures": None,
+    "n_routed_experts": 4,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+
+@pytest.mark.parametrize("name", ["scoring_func", "topk_method"])
+@pytest.mark.parametrize("value", ["softmax", None])
+def test_a_deepseek_v3_that_vllm_would_route_differently_is_refused(check, name, value):
+    (problem,) = check(**DEEPSEEK | {name: value})
+    assert f"{name} of config.json must be {DEEPSEEK[name]!r}, got {value!r}" in problem
+
+
 def test_yarn_is_for_deepseek_v3(check):
-    deepseek = {"model_type": "deepseek_v3", "architectures": None, "n_routed_experts": 4}
-    assert check(rope_scaling={"type": "yarn"}, **deepseek) == []
-    (problem,) = check(rope_scaling={"type": "llama3"}, **deepseek)
+    assert check(rope_scaling={"type": "yarn"}, **DEEPSEEK) == []
+    (problem,) = check(rope_scaling={"type": "llama3"}, **DEEPSEEK)
     assert "rope_type 'llama3' is not one of default, yarn" in problem
 
 

@@ -63,6 +63,7 @@ MODELS = {
     "llama-head-dim": (LlamaConfig, {"head_dim": 12}),
     "llama-mha": (LlamaConfig, {"num_key_value_heads": 6}),
     "deepseek-v3": (DeepseekV3Config, DEEPSEEK_V3),
+    "deepseek-v3-plain-queries": (DeepseekV3Config, DEEPSEEK_V3 | {"q_lora_rank": None}),
     "glm4-moe": (Glm4MoeConfig, GLM4_MOE),
     "glm4-moe-qk-norm": (Glm4MoeConfig, GLM4_MOE | {"use_qk_norm": True}),
     "mixtral": (MixtralConfig, {"num_local_experts": 3}),
@@ -157,7 +158,13 @@ def test_layers_that_predict_further_tokens_are_carried_over() -> None:
     config = {"model_type": "glm4_moe", **BASE, **GLM4_MOE, "num_nextn_predict_layers": 1}
     table = weight_table(config)  # layers 0 and 1, and layer 2 behind them
     ignored = table.find_ignored("model.layers.2.eh_proj.weight")
-    assert ignored is not None and ignored.carried
+    assert ignored is not None and ignored.carried and ignored.copy_of is None
+    for name, original in {
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "shared_head.head.weight": "lm_head.weight",
+    }.items():
+        ignored = table.find_ignored(f"model.layers.2.{name}")
+        assert ignored is not None and ignored.carried and ignored.copy_of == original
     assert table.find_ignored("model.layers.3.eh_proj.weight") is None
     del config["num_nextn_predict_layers"]
     assert weight_table(config).find_ignored("model.layers.2.eh_proj.weight") is None

@@ -1,5 +1,6 @@
 """Opening and checking a checkpoint folder: lazy slices, and one clear message for every damage."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
+from megatron_cpgd.weights.table import Ignored
 
 CONFIG = {
     "model_type": "qwen2",
@@ -96,6 +98,26 @@ def test_tensors_that_may_be_left_out_are_reported(
         checkpoint.check(weight_table(tied))
     assert "lm_head.weight is left out: tied" in caplog.text
     assert "rotary_emb.inv_freq is left out: is recomputed" in caplog.text
+
+
+def test_what_is_carried_over_is_reported_and_so_is_its_absence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ignored = Ignored("further.*", "why", carried=True)
+    table = dataclasses.replace(TABLE, ignored=(ignored,))
+    caplog.set_level(logging.INFO)
+    for extra, expected in (
+        ({"further.1": torch.ones(2), "further.2": torch.ones(2)}, "INFO"),
+        ({}, "WARNING"),
+    ):
+        caplog.clear()
+        (tmp_path / expected).mkdir()
+        with HfCheckpoint.open(write(tmp_path / expected, model_tensors() | extra)) as checkpoint:
+            checkpoint.check(table)
+        [record] = caplog.records
+        assert record.levelname == expected
+        said = "further.1 and 1 more are carried over: why" if extra else "neither will what is"
+        assert said in record.message
 
 
 def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:

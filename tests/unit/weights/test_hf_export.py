@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.carried import CarriedTensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import HfWriter, plan_shards
 from megatron_cpgd.weights.registry import weight_table
@@ -110,24 +111,64 @@ def test_side_files_are_copied_and_the_dtype_is_updated(source: Path, tmp_path: 
     assert (tmp_path / "code" / "modeling.py").exists()
 
 
-def test_what_is_not_trained_is_carried_over_bit_by_bit(source: Path, tmp_path: Path) -> None:
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def carrying(source: Path) -> tuple[Path, WeightTable]:
+    """A source with tensors that are not trained: one of its own, two copies of the embedding, of
+    which one is no longer equal."""
     weights = load_file(source / "model.safetensors")
-    further = torch.randn(3, 5).to(torch.float16)
-    save_file(weights | {"further": further}, source / "model.safetensors", {"format": "pt"})
+    embedding = weights[EMBEDDING]
+    weights |= {
+        "further.own": torch.randn(3, 5).to(torch.float16),
+        "further.same": embedding.clone(),
+        "further.other": embedding + torch.eye(*embedding.shape),
+    }
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
     table = weight_table(json.loads((source / "config.json").read_text()))
-    table = dataclasses.replace(table, ignored=(Ignored("further", "why", carried=True),))
-    arguments = {"table": table, "dtype": torch.bfloat16}
-    HfWriter.create(tmp_path / "out", source_dir=source, **arguments).commit()
-    with HfCheckpoint.open(tmp_path / "out") as checkpoint:
-        checkpoint.check(table)
-        assert torch.equal(checkpoint.read("further", ()), further)
-        assert checkpoint.dtype("further") is torch.float16
-    # The files beside a Megatron checkpoint have no weights.
+    ignored = (
+        Ignored("further.own", "why", carried=True),
+        Ignored("further.*", "why", carried=True, copy_of=EMBEDDING),
+    )
+    return source, dataclasses.replace(table, ignored=ignored)
+
+
+# From the source itself, and from the file that a Megatron checkpoint has, without the source.
+@pytest.mark.parametrize("from_file", [False, True])
+def test_what_is_not_trained_is_carried_over_bit_by_bit_and_copies_follow_the_training(
+    carrying: tuple[Path, WeightTable], tmp_path: Path, from_file: bool
+) -> None:
+    source, table = carrying
+    weights = load_file(source / "model.safetensors")
+    file = None
+    if from_file:
+        file = tmp_path / "not_trained.safetensors"
+        with CarriedTensors.find(HfCheckpoint.open(source), table) as carried:
+            carried.save(file)
+        assert sorted(load_file(file)) == ["further.other", "further.own"]
+        (source / "model.safetensors").unlink()
+    writer = HfWriter.create(
+        tmp_path / "out", table=table, source_dir=source, carried_file=file, dtype=torch.bfloat16
+    )
+    trained = torch.randn(weights[EMBEDDING].shape).bfloat16()
+    writer.view(EMBEDDING).copy_(trained)
+    writer.commit()
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out.keys() == weights.keys()
+    for name in ("further.own", "further.other"):
+        assert out[name].dtype is weights[name].dtype and torch.equal(out[name], weights[name])
+    assert torch.equal(out["further.same"], trained)
+
+
+def test_nothing_is_dropped_if_the_source_has_lost_its_weights(
+    carrying: tuple[Path, WeightTable], tmp_path: Path
+) -> None:
+    source, table = carrying
     (source / "model.safetensors").unlink()
-    HfWriter.create(tmp_path / "without", source_dir=source, **arguments).commit()
-    with HfCheckpoint.open(tmp_path / "without") as checkpoint:
-        checkpoint.check(table)
-        assert "further" not in checkpoint.names
+    with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
+        HfWriter.create(tmp_path / "out", table=table, source_dir=source, dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_shards_fill_up_in_order() -> None:
