@@ -38,6 +38,7 @@ MODELS = {
     "deepseek_v3": ("deepseek_v3", {}),
     "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": YARN}),
     "glm4_moe": ("glm4_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
     "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
 }
 LAYOUTS = {
