@@ -91,6 +91,48 @@ def test_a_step_with_shared_experts_equals_that_of_one_rank(glm, layout):
     check(glm, LAYOUTS[layout])
 
 
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory) -> Reference:
+    """Sinks, biases of o_proj, routers and experts; windows shorter than the sequences."""
+    return make_reference(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss", steps=1)
+
+
+GPT_OSS: dict[str, dict[str, Any]] = {
+    "tp2_dp2_ep2_etp2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+    "cp2": {"cp": 2},
+}
+GPT_OSS_SLOW = {
+    "tp2_ep2": {"tp": 2, "ep": 2},
+    "tp2": {"tp": 2},
+    "tp4_ep2": {"tp": 4, "ep": 2},
+    "dp2_ep2": {"dp": 2, "ep": 2},
+    "dp2_etp2": {"dp": 2, "etp": 2},
+    "tp2_etp2": {"tp": 2, "etp": 2},
+    "pp2": {"pp": 2},
+    "pp2_vpp2": {"pp": 2, "vpp": 2},
+    "tp2_cp2": {"tp": 2, "cp": 2},
+}
+
+
+@pytest.mark.parametrize("layout", GPT_OSS)
+def test_a_step_with_sinks_windows_and_biases_equals_that_of_one_rank(gpt_oss, layout):
+    check(gpt_oss, GPT_OSS[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", GPT_OSS_SLOW)
+def test_so_it_is_under_further_layouts(gpt_oss, layout):
+    check(gpt_oss, GPT_OSS_SLOW[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "tp2_cp2"])
+def test_so_it_is_with_padded_batches_and_recomputation(gpt_oss, layout):
+    batch = {"format": "padded", "tokens_per_micro_batch": 64}
+    model = {"path": gpt_oss.path, "recompute": "full"}
+    check(gpt_oss, GPT_OSS_SLOW[layout], batch=batch, model=model)
+
+
 def test_padded_batches_train_experts_like_packed_ones(reference):
     batch = {"format": "padded", "tokens_per_micro_batch": 64}
     check(reference, LAYOUTS["dp2_ep2"], batch=batch)

@@ -66,7 +66,7 @@ def test_logits_equal_those_of_transformers(saved):
         expected = model(tokens).logits
     error = (logits - expected).abs().max().item()
     print(f"largest |logit difference|: {error:.1e}")
-    assert error < 1.1e-5
+    assert error < 2e-5
 
 
 @pytest.mark.parametrize("layout", ["pp2_dp2_ep2", "tp2_dp2_ep2_etp2"])

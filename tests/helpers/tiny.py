@@ -121,7 +121,9 @@ def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name or name.endswith(("bias", "sinks")):
-                tensor.add_(0.1 * torch.randn_like(tensor))
+                # The activation of gpt-oss clamps at 7.
+                scale = 3.0 if name.endswith("gate_up_proj_bias") else 0.1
+                tensor.add_(scale * torch.randn_like(tensor))
     model.save_pretrained(path)
     return model
 
