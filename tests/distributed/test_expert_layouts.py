@@ -50,10 +50,12 @@ def glm(tmp_path_factory) -> Reference:
     return make_reference(path, "glm4_moe", steps=1, attention_bias=False)
 
 
-def check(reference: Reference, parallel: dict[str, Any], **sections: Any) -> None:
+def check(
+    reference: Reference, parallel: dict[str, Any], norm_limit: float = 1e-5, **sections: Any
+) -> None:
     logprobs, norm, update = errors(reference.train(parallel, **sections), reference)
     assert logprobs < 1e-4
-    assert norm < 1e-5
+    assert norm < norm_limit
     assert update < 1e-3
 
 
@@ -97,6 +99,8 @@ def gpt_oss(tmp_path_factory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss", steps=1)
 
 
+SINKS_OF_HALF_THE_HEADS = 2e-6
+"""The gradient norm without them is off by 4e-6."""
 GPT_OSS: dict[str, dict[str, Any]] = {
     "tp2_dp2_ep2_etp2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
     "cp2": {"cp": 2},
@@ -116,13 +120,13 @@ GPT_OSS_SLOW = {
 
 @pytest.mark.parametrize("layout", GPT_OSS)
 def test_a_step_with_sinks_windows_and_biases_equals_that_of_one_rank(gpt_oss, layout):
-    check(gpt_oss, GPT_OSS[layout])
+    check(gpt_oss, GPT_OSS[layout], SINKS_OF_HALF_THE_HEADS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", GPT_OSS_SLOW)
 def test_so_it_is_under_further_layouts(gpt_oss, layout):
-    check(gpt_oss, GPT_OSS_SLOW[layout])
+    check(gpt_oss, GPT_OSS_SLOW[layout], SINKS_OF_HALF_THE_HEADS)
 
 
 @pytest.mark.slow

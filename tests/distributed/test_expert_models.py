@@ -1,8 +1,11 @@
 """Mixtures of experts: the Hugging Face model, loaded, computed and written by Megatron."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.helpers.model_jobs import convert_job, held_experts_job, logits_job, round_trip_job
 from tests.helpers.policy_jobs import train_job, with_old_logprobs
@@ -108,6 +111,33 @@ def test_converting_there_and_back_in_bf16_changes_no_bit(tmp_path):
     assert back.keys() == original.keys()
     for name, tensor in original.items():
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+
+
+# Projections of equal width and height: only their names tell how they lie in the file.
+def test_mxfp4_files_convert_to_what_transformers_makes_of_them(tmp_path):
+    source, generator = tmp_path / "source", torch.Generator().manual_seed(5)
+    save_tiny_model(source, "gpt_oss", intermediate_size=64)
+    expected, tensors = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj") or ".experts." not in name:
+            expected[name] = tensors[name] = tensor.bfloat16()
+            continue
+        experts, columns, rows = tensor.shape
+        shape = (experts, rows, columns // 32)
+        blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 130, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales)
+        assert expected[name].shape == tensor.shape
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (source / "config.json").write_text(json.dumps(config))
+    run_distributed(1, convert_job, source, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.fixture(scope="module")
