@@ -91,7 +91,10 @@ def _architecture(hf: dict[str, Any], path: Path, where: str) -> Iterator[str]:
     elif classes and classes != [ARCHITECTURES[model_type]]:
         yield f"{where}={path}: architectures {classes} is not one of {supported}"
     if "quantization_config" in hf:
-        yield f"{where}={path}: quantised weights cannot be trained; use the bf16 checkpoint"
+        hint = "use the bf16 checkpoint"
+        if model_type == "gpt_oss":
+            hint = "convert MXFP4 to bf16 first: megatron-cpgd convert, there and back"
+        yield f"{where}={path}: quantised weights cannot be trained; {hint}"
     # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))

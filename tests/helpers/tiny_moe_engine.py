@@ -59,7 +59,7 @@ def router_choices(model: nn.Module, token_ids: list[int]) -> Tensor:
     hooks = [
         module.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
         for name, module in model.named_modules()
-        if name.endswith("mlp.gate")
+        if name.endswith(("mlp.gate", "mlp.router"))
     ]
     try:
         model(torch.tensor([token_ids[:-1]]))
