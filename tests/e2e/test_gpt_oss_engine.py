@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GptOssConfig
+from transformers import AutoTokenizer, GptOssConfig
+from transformers.models.auto import AutoModelForCausalLM
 
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.types import LossSequence
@@ -16,6 +17,7 @@ from tests.helpers.engines import (
     start_engine,
     start_lab,
 )
+from tests.helpers.full_run import read_rows, run_cli, settings, write_assets, write_yaml
 from tests.helpers.model_jobs import round_trip_job
 from tests.helpers.policy_jobs import logprobs_job
 from tests.helpers.ranks import run_distributed
@@ -101,3 +103,23 @@ def test_tensor_parallel_workers_refresh_too(lab):
             assert logprob_error(two.models[which], PROMPTS, two.generate()) < TOLERANCE
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_the_routes_of_vllm_and_exports_what_transformers_loads(tmp_path):
+    write_assets(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = GptOssConfig(**CONFIG.to_dict() | sizes | {"initializer_range": 0.1})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    content = settings(tmp_path)
+    content["run"] = {"steps": 2, "dir": str(tmp_path / "run")}
+    content["parallel"] = {"tp": 2, "ep": 2}
+    content["algorithm"]["routing_replay"] = "rollout"
+    finished = run_cli("train", write_yaml(tmp_path / "run.yaml", content), folder=tmp_path)
+    assert finished.code == 0, finished.err
+    for row in read_rows(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert row["routing/disagreement"] == 0
+        assert row["rollout/logprob_abs_diff_max"] < 1e-3  # the engine's sinks are rounded
+        assert row["policy/optimizer_steps"] == 4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf" / "step_000002")
