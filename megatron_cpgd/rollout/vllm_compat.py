@@ -1,4 +1,5 @@
-"""Everything that depends on private names of vLLM 0.25: a new vLLM is adapted here.
+"""Everything that depends on private names of vLLM 0.25: a new vLLM is adapted here, and in
+`vllm_gpt_oss.py`.
 
 The reload works layer by layer (vllm/model_executor/model_loader/reload/layerwise.py): all
 parameters move to the meta device, a layer whose weights have all arrived is built, post-processed
