@@ -14,7 +14,9 @@ def add_parser(commands: Commands) -> None:
     to_megatron = directions.add_parser(
         "hf-to-megatron", help="Hugging Face folder -> Megatron distributed checkpoint"
     )
-    to_megatron.add_argument("hf_dir", metavar="HF_DIR", type=Path)
+    to_megatron.add_argument(
+        "hf_dir", metavar="HF_DIR", type=Path, help="weights in bf16, fp16, fp32 or gpt-oss's MXFP4"
+    )
     to_megatron.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     to_megatron.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     to_megatron.set_defaults(run=run_hf_to_megatron)

@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """Supported `model_type` -> class in `architectures`."""
@@ -99,11 +100,14 @@ def _architecture(hf: dict[str, Any], path: Path, where: str) -> Iterator[str]:
                     f"{hf.get(name)!r}; the trainer's router is that one, vLLM's is what it says"
                 )
     if "quantization_config" in hf:
-        yield f"{where}={path}: quantised weights cannot be trained; use the bf16 checkpoint"
+        hint = "use the bf16 checkpoint"
+        if model_type == "gpt_oss":
+            hint = "convert MXFP4 to bf16 first: megatron-cpgd convert, there and back"
+        yield f"{where}={path}: quantised weights cannot be trained; {hint}"
     # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    known = ("default", "yarn") if model_type == "deepseek_v3" else ROPE_TYPES
+    known = ("default", "yarn") if model_type in ("deepseek_v3", "gpt_oss") else ROPE_TYPES
     if rope_type not in known:
         yield (
             f"{where}={path}: rope_type {rope_type!r} is not one of {', '.join(known)}; "

@@ -1,8 +1,8 @@
 """Layer modules that Megatron's local specs lack on CPU, chosen through the layer spec.
 
 `RMSNorm` allows sequence parallelism; `Attention` takes grouped queries, packed (THD) and padded
-(BSHD) batches and context parallelism (all-gather of keys and values, zig-zag chunks). On CUDA the
-Transformer Engine spec brings its own; this file is then not used.
+(BSHD) batches, sliding windows, sinks and context parallelism (all-gather of keys and values,
+zig-zag chunks). On CUDA the Transformer Engine spec brings its own; this file is then not used.
 """
 
 import itertools
@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from megatron_cpgd.policy.context_parallel import rank_positions
@@ -88,12 +92,18 @@ class _RowLayout:
     """[N, Lk] position in the gathered tokens of all CP ranks."""
     flat_index: Tensor
     """[T] position of each of this rank's tokens in the flattened [N, Lq] rows."""
-    mask: Tensor | None
-    """[N, 1, Lq, Lk] True where attended; None: plain causal."""
+    query_position: Tensor
+    """[N, Lq] position in its sequence."""
+    key_position: Tensor
+    """[N, Lk] position in its sequence; behind every query where padded."""
 
 
 class Attention(MegatronModule):  # type: ignore[misc]
-    """Causal core attention. Every sequence becomes one row of a batched kernel call."""
+    """Causal core attention. Every sequence becomes one row of a batched kernel call.
+
+    A layer with a window sees the token itself and `window` tokens before it. A sink is a learned
+    logit of each head that takes its share of the softmax and adds nothing to the output.
+    """
 
     def __init__(
         self,
@@ -113,6 +123,26 @@ class Attention(MegatronModule):  # type: ignore[misc]
         assert self.dropout == 0.0, "attention dropout is not implemented on CPU"
         group = getattr(pg_collection, "cp", None)
         self.cp_group = group or parallel_state.get_context_parallel_group()
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window: int | None = config.window_size[0] if windowed else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            offset = torch.empty(heads, dtype=config.params_dtype)
+            self.softmax_offset = torch.nn.Parameter(offset)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The sinks, cut by heads, as upstream's core attention names them."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )  # fmt: skip
+        return sharded
 
     def forward(
         self,
@@ -130,16 +160,42 @@ class Attention(MegatronModule):  # type: ignore[misc]
         """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        if self.cp_group.size() > 1:
-            return self._padded_context_parallel(query, key, value)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        return self._attend(q, k, v, None).permute(2, 0, 1, 3).flatten(2)
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        positions = [rank_positions(query.size(0) * size, rank=r, size=size) for r in range(size)]
+        mask = self._mask(positions[rank], torch.cat(positions))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, self._gather(key), self._gather(value)))
+        return self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(self, query_position: Tensor, key_position: Tensor) -> Tensor | None:
+        """[..., Lq, Lk] True where attended; None: plain causal. Positions [..., Lq], [..., Lk]."""
+        if self.cp_group.size() == 1 and self.window is None and self.softmax_offset is None:
+            return None
+        distance = query_position[..., :, None] - key_position[..., None, :]
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance <= self.window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.softmax_offset is not None and mask is not None:
+            return self._attend_with_sinks(q, k, v, mask, self.softmax_offset)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
             enable_gqa=q.size(1) != k.size(1),
         )  # fmt: skip
+
+    def _attend_with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor
+    ) -> Tensor:
+        """A sink is the product of one more channel of the queries and of one more key."""
+        scale = self.scale or q.size(-1) ** -0.5
+        channel = (sinks / scale)[:, None, None].expand(*q.shape[:-1], 1)
+        k, v = (F.pad(x, (0, 1, 1, 0)) for x in (k, v))
+        k[:, :, 0, -1] = 1.0
+        output = F.scaled_dot_product_attention(
+            torch.cat([q, channel.to(q.dtype)], dim=-1), k, v,
+            attn_mask=F.pad(mask, (1, 0), value=True), scale=scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )  # fmt: skip
+        return output[..., :-1]
 
     def _gather(self, x: Tensor) -> Tensor:
         """All CP ranks' tokens, rank after rank. Collective over the CP group."""
@@ -147,14 +203,6 @@ class Attention(MegatronModule):  # type: ignore[misc]
             return x
         gathered: Tensor = gather_from_sequence_parallel_region(x, group=self.cp_group)
         return gathered
-
-    def _padded_context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        size, rank = self.cp_group.size(), self.cp_group.rank()
-        length = query.size(0) * size
-        positions = [rank_positions(length, rank=r, size=size) for r in range(size)]
-        mask = positions[rank][:, None] >= torch.cat(positions)[None]
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, self._gather(key), self._gather(value)))
-        return self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: Any) -> Tensor:
         layout = getattr(params, "row_layout", None)
@@ -165,7 +213,9 @@ class Attention(MegatronModule):  # type: ignore[misc]
             params.row_layout = layout
         q = query[layout.query_index].transpose(1, 2)
         k, v = (self._gather(t)[layout.key_index].transpose(1, 2) for t in (key, value))
-        rows = self._attend(q, k, v, layout.mask).transpose(1, 2).flatten(2)
+        mask = self._mask(layout.query_position, layout.key_position)
+        rows = self._attend(q, k, v, None if mask is None else mask[:, None])
+        rows = rows.transpose(1, 2).flatten(2)
         return rows.flatten(0, 1)[layout.flat_index]
 
 
@@ -178,22 +228,15 @@ def _row_layout(boundaries: list[int], rank: int, size: int) -> _RowLayout:
     real = columns[None] < counts[:, None]
     query_index = torch.where(real, starts[:, None] + columns[None], 0)
     flat_index = real.flatten().nonzero().squeeze(1)
-    if size == 1:
-        return _RowLayout(
-            query_index=query_index, key_index=query_index, flat_index=flat_index, mask=None
-        )
     local = boundaries[-1] // size
-    key_index = torch.cat([query_index + r * local for r in range(size)], dim=1)
-    position = torch.zeros(size, *real.shape, dtype=torch.int64)
+    position = torch.full((size, *real.shape), boundaries[-1])
     for row, length in enumerate(lengths):
         for r in range(size):
             position[r, row, : length // size] = rank_positions(length, rank=r, size=size)
-    key_real = real.repeat(1, size)
-    key_position = torch.cat(list(position), dim=1)
-    mask = (position[rank][:, :, None] >= key_position[:, None]) & key_real[:, None]
     return _RowLayout(
         query_index=query_index,
-        key_index=key_index,
+        key_index=torch.cat([query_index + r * local for r in range(size)], dim=1),
         flat_index=flat_index,
-        mask=mask[:, None],
+        query_position=position[rank].where(real, 0),
+        key_position=torch.cat(list(position), dim=1),
     )

@@ -7,11 +7,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpgd.policy.cpu_layers import use_cpu_layers
+from megatron_cpgd.policy.expert_bias import prepare_expert_biases
 from megatron_cpgd.policy.latent_attention import use_latent_attention
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.rope import rope_arguments
@@ -51,11 +53,15 @@ def build_chunks(
             post_process=parallel_state.is_pipeline_last_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
-            position_embedding_type="rope",
             share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
             vp_stage=vp_stage,
             **rope_arguments(hf),
         )
+        prepare_expert_biases(chunk)
+        for name, parameter in chunk.named_parameters():
+            if name.endswith(".softmax_offset"):
+                # Cut by heads; else the gradient norm has the sinks of the first rank only.
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         chunks.append(chunk.cuda() if on_gpu else chunk)
     return chunks
 

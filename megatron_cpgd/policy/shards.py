@@ -13,7 +13,7 @@ from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import Entry, Index, WeightTable, export_tensor, import_tensor
 
-_EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
+_EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
 """What comes before the index of an expert: one module per expert, or one grouped module."""
 
 

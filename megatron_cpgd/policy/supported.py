@@ -18,7 +18,9 @@ def check_supported(hf: dict[str, Any], decoder: Decoder) -> None:
         problems.append("use_sliding_window: sliding-window attention is not supported")
     if hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None:
         problems.append("sliding_window: sliding-window attention is not supported")
-    if decoder.output_bias:
+    if hf["model_type"] == "gpt_oss":
+        problems += _gpt_oss_problems(hf, decoder)
+    elif decoder.output_bias:
         problems.append("attention_bias: biases of o_proj are not supported")
     if decoder.mlp_bias:
         problems.append("mlp_bias: biases of the MLP are not supported")
@@ -26,6 +28,8 @@ def check_supported(hf: dict[str, Any], decoder: Decoder) -> None:
         problems += _router_problems(hf)
     if decoder.latent is not None:
         problems += _latent_problems(hf)
+    elif hf["model_type"] == "gpt_oss" and rope_parameters(hf)["rope_type"] == "yarn":
+        problems += _yarn_problems(rope_parameters(hf))
     else:
         problems += _rope_problems(rope_parameters(hf))
     if hf["model_type"] != "glm4_moe" and rotary_part(hf) != 1:
@@ -57,6 +61,38 @@ def _router_problems(hf: dict[str, Any]) -> list[str]:
             f"topk_group: Megatron-Core rates a group by its num_experts_per_tok / topk_group = "
             f"{chosen} / {hf['topk_group']} best experts, the model by 2"
         )
+    return problems
+
+
+def layer_types(hf: dict[str, Any]) -> list[str]:
+    """The kind of attention of each layer of gpt-oss."""
+    kinds = ("sliding_attention", "full_attention")
+    return hf.get("layer_types") or [kinds[i % 2] for i in range(hf["num_hidden_layers"])]
+
+
+def _gpt_oss_problems(hf: dict[str, Any], decoder: Decoder) -> list[str]:
+    problems, kinds = [], layer_types(hf)
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling")
+    if not rope or "rope_theta" not in hf | rope:
+        problems.append("rope_parameters, rope_theta: expected both")  # 10000 is not its default
+    if not decoder.output_bias:
+        problems.append("attention_bias: expected true")
+    if hf.get("swiglu_limit", 7.0) != 7.0:
+        problems.append(f"swiglu_limit: expected 7.0, got {hf['swiglu_limit']}")
+    known = {"sliding_attention", "full_attention"}
+    if len(kinds) != decoder.layers or not known.issuperset(kinds):
+        problems.append(f"layer_types: expected {decoder.layers} of {sorted(known)}, got {kinds}")
+    window = hf.get("sliding_window")
+    if "sliding_attention" in kinds and (not isinstance(window, int) or window < 1):
+        problems.append(f"sliding_window: expected a positive integer, got {window!r}")
+    return problems
+
+
+def _yarn_problems(rope: dict[str, Any]) -> list[str]:
+    needed = ("factor", "original_max_position_embeddings")
+    problems = [f"yarn {name}: is missing or 0" for name in needed if not rope.get(name)]
+    if rope.get("attention_factor") is not None:
+        problems.append("yarn attention_factor: is not supported")
     return problems
 
 

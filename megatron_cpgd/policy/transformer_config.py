@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_cpgd.config.checks import check_passthrough
 from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelConfig
 from megatron_cpgd.errors import ConfigError
-from megatron_cpgd.policy.rope import rope_arguments, rope_parameters
-from megatron_cpgd.policy.supported import check_supported
+from megatron_cpgd.policy.rope import rope_arguments, rope_parameters, yarn_attributes
+from megatron_cpgd.policy.supported import check_supported, layer_types
 from megatron_cpgd.weights.architectures import Decoder, Experts
 from megatron_cpgd.weights.registry import read_decoder
 
@@ -31,6 +32,11 @@ FIXED_FIELDS = {
     "normalization": "model.path",
     "gated_linear_unit": "model.path",
     "activation_func": "model.path",
+    "activation_func_clamp_value": "model.path",
+    "glu_linear_offset": "model.path",
+    "softmax_type": "model.path",
+    "window_size": "model.path",
+    "window_attn_skip_freq": "model.path",
     "add_bias_linear": "model.path",
     "add_qkv_bias": "model.path",
     "qk_layernorm": "model.path",
@@ -142,20 +148,26 @@ def build_transformer_config(
         "perform_initialization": False,  # every parameter is loaded
         "gradient_accumulation_fusion": _has_apex_gradient_fusion(),
         "expert_model_parallel_size": parallel.ep,
-        "expert_tensor_parallel_size": parallel.etp,
+        "expert_tensor_parallel_size": 1,  # set below
         **_recompute_fields(model.recompute),
         **_expert_fields(hf, decoder),
+        **_gpt_oss_fields(hf, decoder, parallel),
         **_latent_fields(hf, decoder),
     }
     if not torch.cuda.is_available():
         fields |= dict.fromkeys(_FUSIONS, False)
     try:
-        return config_class(**(fields | model.megatron))
+        config = config_class(**(fields | model.megatron))
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"Megatron-Core refuses model.megatron={model.megatron} with this model and layout: "
             f"{error}"
         ) from error
+    # Upstream refuses biases of experts with etp > 1; policy/expert_bias.py makes them right.
+    config.expert_tensor_parallel_size = parallel.etp
+    for name, value in yarn_attributes(hf).items():
+        setattr(config, name, value)
+    return config
 
 
 def computation(hf: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
@@ -166,11 +178,8 @@ def computation(hf: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
     """
     dtype = torch_dtype(config.precision.train)
     transformer = build_transformer_config(hf, config.model, config.parallel, dtype)
-    fields = {
-        field.name: getattr(transformer, field.name) for field in dataclasses.fields(transformer)
-    }
     # Functions, e.g. of the unused initialisation, are made anew for every config.
-    numbers = {name: value for name, value in fields.items() if not callable(value)}
+    numbers = {name: value for name, value in vars(transformer).items() if not callable(value)}
     own = {"vocab_size": hf["vocab_size"], "tied": hf.get("tie_word_embeddings", False)}
     return numbers | own | rope_arguments(hf)
 
@@ -190,6 +199,29 @@ def _expert_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
         "moe_grouped_gemm": torch.cuda.is_available(),
         **_router_fields(hf, experts),
     }
+
+
+def _gpt_oss_fields(
+    hf: dict[str, Any], decoder: Decoder, parallel: ParallelConfig
+) -> dict[str, Any]:
+    """Sinks, windows, biases and the clamped, gated activation."""
+    if hf["model_type"] != "gpt_oss":
+        return {}
+    fields = {
+        "softmax_type": "learnable",
+        "add_bias_linear": True,
+        "activation_func": quick_gelu,  # x * sigmoid(1.702 * x)
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+    }
+    windowed = [int(kind == "sliding_attention") for kind in layer_types(hf)]
+    if any(windowed):
+        # A token sees itself and as many before it as the first number says.
+        fields["window_size"] = (hf["sliding_window"] - 1, 0)
+        fields["window_attn_skip_freq"] = windowed
+    if torch.cuda.is_available() and parallel.cp > 1:
+        fields["cp_comm_type"] = "a2a"  # all that Transformer Engine has for sinks
+    return fields
 
 
 def _latent_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
@@ -225,7 +257,8 @@ def _router_fields(hf: dict[str, Any], experts: Experts) -> dict[str, Any]:
     """How the scores of the experts come about."""
     if not experts.score_correction:
         # Softmax over the chosen experts is softmax over all of them, normalised afterwards.
-        normalised = hf["model_type"] == "mixtral" or hf.get("norm_topk_prob", False)
+        always = hf["model_type"] in ("gpt_oss", "mixtral")
+        normalised = always or hf.get("norm_topk_prob", False)
         return {"moe_router_pre_softmax": not normalised}
     groups = hf.get("n_group") or 1
     return {

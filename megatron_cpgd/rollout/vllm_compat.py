@@ -1,4 +1,5 @@
-"""Everything that depends on private names of vLLM 0.25: a new vLLM is adapted here.
+"""Everything that depends on private names of vLLM 0.25: a new vLLM is adapted here, and in
+`vllm_gpt_oss.py`.
 
 The reload works layer by layer (vllm/model_executor/model_loader/reload/layerwise.py): all
 parameters move to the meta device, a layer whose weights have all arrived is built, post-processed
@@ -30,6 +31,8 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
+
+from megatron_cpgd.rollout import vllm_gpt_oss
 
 SUPPORTED = "0.25."
 
@@ -101,6 +104,7 @@ def layerwise_reload(model: nn.Module, model_config: Any) -> Iterator[None]:
     If the body raises, the engine is whole again but holds a mixture of old and new layers.
     """
     layerwise.initialize_layerwise_reload(model)
+    vllm_gpt_oss.report_copies(model)
     try:
         yield
         layerwise.finalize_layerwise_reload(model, model_config)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cpgd.errors import ConversionError, WeightSyncError
 from megatron_cpgd.rollout.expected_tensors import ExpectedTensors, Shapes, checkpoint_shapes
 from megatron_cpgd.rollout.vllm_compat import layerwise_reload, parameters_on_meta
+from megatron_cpgd.rollout.vllm_gpt_oss import writable
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class WeightReceiver:
         with TensorFile.open(path) as arena:
             self._cpgd_expected.check({name: slot.shape for name, slot in arena.slots.items()})
             with layerwise_reload(model, model_config):
-                model.load_weights((name, arena.view(name)) for name in arena.names)
+                model.load_weights((name, writable(name, arena.view(name))) for name in arena.names)
             digest = arena.digest()
             return {"tensors": len(arena.names), "nbytes": arena.nbytes, "digest": digest}
 

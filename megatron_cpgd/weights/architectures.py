@@ -39,6 +39,8 @@ class Experts:
     """Of the MLP that sees every token beside the experts; 0: there is none."""
     score_correction: bool = False
     """Sigmoid scores, and a bias that corrects them for the choice of experts only."""
+    packed: bool = False
+    """One HF tensor holds the projections of all experts; they and the router have biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,8 @@ class Decoder:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
+    sinks: bool = False
+    """A learned logit of each head that takes part in the softmax of attention."""
     latent: LatentAttention | None = None
     """In place of heads with projections of their own."""
     experts: Experts | None = None
@@ -169,6 +173,22 @@ def deepseek_v3(config: HfConfig) -> Decoder:
     )
 
 
+def gpt_oss(config: HfConfig) -> Decoder:
+    """gpt-oss: attention sinks, biases everywhere; experts in every layer."""
+    experts = Experts(
+        count=_positive(config, "num_local_experts"),
+        intermediate=_positive(config, "intermediate_size"),
+        packed=True,
+    )
+    attention_bias = bool(config.get("attention_bias", True))
+    # transformers takes 64, not hidden / heads, when the file has no head_dim.
+    if config.get("head_dim") is None:
+        config = {**config, "head_dim": 64}
+    return _decoder(
+        config, qkv_bias=attention_bias, output_bias=attention_bias, sinks=True, experts=experts
+    )
+
+
 def decoder_table(model: Decoder) -> WeightTable:
     """The table of a decoder."""
     embedding_shape = (model.vocab, model.hidden)
@@ -232,6 +252,9 @@ def _attention(model: Decoder, megatron: str, hf: str) -> Iterator[Entry]:
         (model.hidden, model.heads * model.head_dim),
         bias=model.output_bias,
     )
+    if model.sinks:
+        name = (f"{attention}core_attention.softmax_offset",)
+        yield rename(name, f"{hf_attention}sinks", (model.heads,), "rows")
     if model.qk_norm:
         for side in "qk":
             name = (f"{attention}{side}_layernorm.weight",)
@@ -293,6 +316,9 @@ def _expert_layer(experts: Experts, hidden: int, megatron: str, hf: str) -> Iter
     mlp, hf_mlp = f"{megatron}mlp.", f"{hf}{experts.hf_block}."
     norm = f"{hf}post_attention_layernorm.weight"
     yield rename((f"{megatron}pre_mlp_layernorm.weight",), norm, (hidden,))
+    if experts.packed:
+        yield from _packed_experts(experts, hidden, mlp, hf_mlp)
+        return
     yield rename((f"{mlp}router.weight",), f"{hf_mlp}gate.weight", (experts.count, hidden))
     if experts.score_correction:
         bias = f"{hf_mlp}gate.e_score_correction_bias"
@@ -302,19 +328,37 @@ def _expert_layer(experts: Experts, hidden: int, megatron: str, hf: str) -> Iter
         yield from _mlp(f"{mlp}shared_experts.", f"{hf_mlp}shared_experts.", shape)
     rows = experts.intermediate
     for expert in range(experts.count):
-        fc1, fc2 = (
-            # One module per expert, or one grouped module with a parameter per expert.
-            (
-                f"{mlp}experts.local_experts.{expert}.linear_{layer}.weight",
-                f"{mlp}experts.linear_{layer}.weight{expert}",
-            )
-            for layer in ("fc1", "fc2")
-        )
+        fc1, fc2 = (_expert_names(mlp, layer, "weight", expert) for layer in ("fc1", "fc2"))
         gate, up, down = (
             f"{hf_mlp}experts.{expert}.{part}.weight" for part in experts.hf_projections
         )
         yield gated_mlp(fc1, gate, up, (rows, hidden), expert=True)
         yield rename(fc2, down, (hidden, rows), "columns", expert=True)
+
+
+def _packed_experts(experts: Experts, hidden: int, mlp: str, hf_mlp: str) -> Iterator[Entry]:
+    """Router and experts of one layer, the projections of all experts in one HF tensor."""
+    for kind, columns in (("weight", (hidden,)), ("bias", ())):
+        router = (f"{mlp}router.{kind}",)
+        yield rename(router, f"{hf_mlp}router.{kind}", (experts.count, *columns))
+    rows = experts.intermediate
+    for expert in range(experts.count):
+        fc1, fc2 = (_expert_names(mlp, layer, "weight", expert) for layer in ("fc1", "fc2"))
+        gate_up, down = (f"{hf_mlp}experts.{part}_proj" for part in ("gate_up", "down"))
+        yield gated_mlp(fc1, gate_up, gate_up, (rows, hidden), expert=True, packed=expert)
+        yield rename(fc2, down, (hidden, rows), "columns", expert=True, packed=expert)
+        fc1, fc2 = (_expert_names(mlp, layer, "bias", expert) for layer in ("fc1", "fc2"))
+        gate_up, down = f"{gate_up}_bias", f"{down}_bias"
+        yield gated_mlp(fc1, gate_up, gate_up, (rows,), expert=True, packed=expert)
+        yield rename(fc2, down, (hidden,), expert=True, packed=expert)
+
+
+def _expert_names(mlp: str, layer: str, kind: str, expert: int) -> tuple[str, str]:
+    """One module per expert, or one grouped module with a parameter per expert."""
+    return (
+        f"{mlp}experts.local_experts.{expert}.linear_{layer}.{kind}",
+        f"{mlp}experts.linear_{layer}.{kind}{expert}",
+    )
 
 
 def _row_parallel(megatron: str, hf: str, shape: tuple[int, int], *, bias: bool) -> Iterator[Entry]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights import mxfp4
 from megatron_cpgd.weights.table import Index, WeightTable, raise_problems
 from megatron_cpgd.weights.tensor_file import TensorFile
 
@@ -16,11 +17,17 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Endings of the two parts of a tensor in MXFP4."""
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class HfCheckpoint:
-    """All safetensors files of a folder, mapped; nothing is read before it is asked for."""
+    """All safetensors files of a folder, mapped; nothing is read before it is asked for.
+
+    Projections of experts in MXFP4, [experts, rows, columns], are seen under the name, in the order
+    [experts, columns, rows] and in the bfloat16 of the release that is not quantised.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], files: list[TensorFile]) -> None:
         """Use `open`."""
@@ -29,6 +36,8 @@ class HfCheckpoint:
         """config.json, parsed."""
         self._files = files
         self._file_of = {name: file for file in files for name in file.names}
+        stems = [name.removesuffix(BLOCKS) for name in self._file_of if name.endswith(BLOCKS)]
+        self._quantized = {stem for stem in stems if stem + SCALES in self._file_of}
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -44,24 +53,46 @@ class HfCheckpoint:
         raise_problems(f"{path}", [f"{name} is missing; download it" for name in missing])
         checkpoint = cls(path, config, [TensorFile.open(path / name) for name in names])
         checkpoint._check_index(listed or {})
+        checkpoint._check_quantized()
         return checkpoint
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._file_of)
+        parts = {stem + ending for stem in self._quantized for ending in (BLOCKS, SCALES)}
+        return [name for name in self._file_of if name not in parts] + sorted(self._quantized)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
+        if name in self._quantized:
+            experts, rows, groups, _ = self._view(name + BLOCKS).shape
+            return experts, groups * mxfp4.GROUP, rows
         return self._file_of[name].slots[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format of a tensor."""
+        if name in self._quantized:
+            return torch.bfloat16
         return self._file_of[name].slots[name].dtype
 
     def read(self, name: str, index: Index) -> Tensor:
         """A copy of one slice; only the pages it touches are read from disk."""
-        return self._file_of[name].view(name)[index].clone()
+        if name in self._quantized:
+            return self._dequantize(name, index)
+        return self._view(name)[index].clone()
+
+    def _view(self, name: str) -> Tensor:
+        return self._file_of[name].view(name)
+
+    def _dequantize(self, name: str, index: Index) -> Tensor:
+        """[columns, rows] of one expert."""
+        expert, columns, rows = index
+        assert isinstance(columns, slice), f"{name}: {index=}"
+        first, stop, _ = columns.indices(self.shape(name)[1])
+        skipped = first // mxfp4.GROUP * mxfp4.GROUP
+        groups = slice(skipped // mxfp4.GROUP, -(-stop // mxfp4.GROUP))
+        blocks, scales = (self._view(name + end)[expert, rows, groups] for end in (BLOCKS, SCALES))
+        return mxfp4.dequantize(blocks, scales)[..., first - skipped : stop - skipped].mT
 
     def equal(self, left: str, right: str) -> bool:
         """Whether two tensors hold the same values in the same number format."""
@@ -76,8 +107,9 @@ class HfCheckpoint:
             ConversionError: lists every tensor that is missing, unknown or does not fit.
         """
         problems = []
+        present = set(self.names)
         for name, shape in table.hf_shapes.items():
-            if name not in self._file_of:
+            if name not in present:
                 problems.append(f"{name} {list(shape)} is missing")
             elif self.shape(name) != shape:
                 problems.append(
@@ -123,6 +155,19 @@ class HfCheckpoint:
             for name, shard in listed.items()
             if name not in self._file_of or self._file_of[name].path.name != shard
         ]
+        raise_problems(f"{self.path}", problems)
+
+    def _check_quantized(self) -> None:
+        problems = []
+        for stem in self._quantized:
+            blocks, scales = self._view(stem + BLOCKS), self._view(stem + SCALES)
+            expected = (*scales.shape, mxfp4.GROUP // 2)
+            if blocks.shape != expected or blocks.ndim != 4 or blocks.dtype != torch.uint8:
+                problems.append(
+                    f"{stem + BLOCKS}: expected uint8 [experts, rows, groups, {mxfp4.GROUP // 2}] "
+                    f"as {stem + SCALES} has {list(scales.shape)}, file has {blocks.dtype} "
+                    f"{list(blocks.shape)}"
+                )
         raise_problems(f"{self.path}", problems)
 
 

@@ -203,7 +203,8 @@ def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     # transformers 4 reads `torch_dtype`; a file that had it keeps it.
     old_key = {"torch_dtype": name} if "torch_dtype" in config else {}
-    return {**config, **old_key, "dtype": name}
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return {**plain, **old_key, "dtype": name}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

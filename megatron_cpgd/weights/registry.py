@@ -9,6 +9,7 @@ from megatron_cpgd.weights.architectures import (
     decoder_table,
     deepseek_v3,
     glm4_moe,
+    gpt_oss,
     llama,
     mixtral,
     qwen2,
@@ -20,6 +21,7 @@ from megatron_cpgd.weights.table import WeightTable
 ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {
     "deepseek_v3": deepseek_v3,
     "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
     "llama": llama,
     "mixtral": mixtral,
     "qwen2": qwen2,
@@ -49,7 +51,9 @@ def read_decoder(hf_config: HfConfig) -> Decoder:
             f"config.json: model_type={model_type!r} is not supported; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    if hf_config.get("quantization_config") is not None:
+    quantization = hf_config.get("quantization_config") or {}
+    readable = model_type == "gpt_oss" and quantization.get("quant_method") == "mxfp4"
+    if quantization and not readable:
         raise ConversionError(
             "config.json: quantization_config is set; quantised checkpoints are not supported, "
             "use the bfloat16 release of the model"

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_cpgd.errors import ConversionError
 
 Split = Literal["rows", "columns", "replicated"]
-Index = tuple[slice, ...]
+Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,10 @@ class Segment:
     hf_row: int
     rows: int
     megatron_row: int
+    step: int = 1
+    """From one row to the next in the HF tensor."""
+    expert: int | None = None
+    """The HF tensor holds the matrices of all experts, transposed: [experts, columns, rows]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,12 @@ class Box:
     hf: str
     hf_index: Index
     local_index: Index
+    transposed: bool = False
+    """The HF tensor has [columns, rows]."""
+
+    def oriented(self, part: Tensor) -> Tensor:
+        """A view of what `hf_index` selects, as Megatron has it."""
+        return part.t() if self.transposed else part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +107,16 @@ class WeightTable:
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor by name: embedding, layers, final norm, head unless tied."""
-        rows: dict[str, int] = {}
-        columns: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for entry in self.entries:
             for segment in entry.segments:
-                end = segment.hf_row + segment.rows
-                rows[segment.hf] = max(rows.get(segment.hf, 0), end)
-                columns[segment.hf] = entry.shape[1:]
-        return {name: (rows[name], *columns[name]) for name in rows}
+                rows = segment.hf_row + (segment.rows - 1) * segment.step + 1
+                shape = (rows, *entry.shape[1:])
+                if segment.expert is not None:
+                    shape = (segment.expert + 1, *reversed(shape))
+                seen = shapes.get(segment.hf, shape)
+                shapes[segment.hf] = tuple(map(max, shape, seen))
+        return shapes
 
     def hf_tensors(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Number format and shape of every HF tensor by name, of a model in `dtype`."""
@@ -160,14 +172,21 @@ class WeightTable:
     def check_tiling(self) -> None:
         """Assert that segments cover each Megatron and each HF tensor once, without gaps."""
         hf_ranges: dict[str, list[tuple[int, int]]] = {}
+        hf_rows: dict[str, int] = {}
         for entry in self.entries:
             ranges = [(s.megatron_row, s.megatron_row + s.rows) for s in entry.segments]
             assert _tiles(ranges, entry.shape[0]), f"{entry.name}: {ranges} of {entry.shape}"
             for s in () if entry.alias else entry.segments:
-                hf_ranges.setdefault(s.hf, []).append((s.hf_row, s.hf_row + s.rows))
-                assert self.hf_shapes[s.hf][1:] == entry.shape[1:], f"{s} of {entry.name}"
-        for name, shape in self.hf_shapes.items():
-            assert _tiles(hf_ranges[name], shape[0]), f"{name}: {hf_ranges[name]} of {shape}"
+                shape = self.hf_shapes[s.hf]
+                packed = s.expert is not None
+                columns = shape[1:-1][::-1] if packed else shape[1:]
+                assert columns == entry.shape[1:], f"{s} of {entry.name}"
+                first = s.hf_row + (s.expert or 0) * shape[-1]
+                rows = range(first, first + s.rows * s.step, s.step)
+                hf_ranges.setdefault(s.hf, []).extend((row, row + 1) for row in rows)
+                hf_rows[s.hf] = shape[0] * shape[-1] if packed else shape[0]
+        for name, length in hf_rows.items():
+            assert _tiles(hf_ranges[name], length), f"{name}: {hf_ranges[name]} of {length}"
 
 
 def rename(
@@ -178,9 +197,10 @@ def rename(
     *,
     expert: bool = False,
     fp32: bool = False,
+    packed: int | None = None,
 ) -> Entry:
-    """A parameter that equals one HF tensor."""
-    segments = (Segment(hf, 0, shape[0], 0),)
+    """A parameter that equals one HF tensor, or the matrix of expert `packed` in it."""
+    segments = (Segment(hf, 0, shape[0], 0, expert=packed),)
     return Entry(names=names, shape=shape, split=split, segments=segments, expert=expert, fp32=fp32)
 
 
@@ -219,19 +239,33 @@ def qkv(
 
 
 def gated_mlp(
-    names: tuple[str, ...], gate: str, up: str, shape: tuple[int, ...], *, expert: bool = False
+    names: tuple[str, ...],
+    gate: str,
+    up: str,
+    shape: tuple[int, ...],
+    *,
+    expert: bool = False,
+    packed: int | None = None,
 ) -> Entry:
     """Gate and up projections, [gate; up], cut so that every rank has rows of both.
 
     Args:
         shape: of each of the two, [intermediate] or [intermediate, hidden].
+        packed: `gate` and `up` name one tensor, which has the two of this expert row by row in
+            turns.
     """
     rows = shape[0]
+    segments = (Segment(gate, 0, rows, 0), Segment(up, 0, rows, rows))
+    if packed is not None:
+        segments = (
+            Segment(gate, 0, rows, 0, step=2, expert=packed),
+            Segment(up, 1, rows, rows, step=2, expert=packed),
+        )
     return Entry(
         names=names,
         shape=(2 * rows, *shape[1:]),
         split="rows",
-        segments=(Segment(gate, 0, rows, 0), Segment(up, 0, rows, rows)),
+        segments=segments,
         stride=2,
         expert=expert,
     )
@@ -249,7 +283,7 @@ def boxes(entry: Entry, *, tp_rank: int, tp_size: int, local_shape: tuple[int, .
     assert 0 <= tp_rank < tp_size, f"{tp_rank=} {tp_size=}"
     _check_local_shape(entry, tp_size, local_shape)
     local_columns = tuple(slice(0, size) for size in local_shape[1:])
-    hf_columns = local_columns
+    hf_columns: Index = local_columns
     if entry.split == "columns":
         hf_columns = (slice(tp_rank * local_shape[1], (tp_rank + 1) * local_shape[1]),)
     result = []
@@ -259,11 +293,15 @@ def boxes(entry: Entry, *, tp_rank: int, tp_size: int, local_shape: tuple[int, .
             high = min(segment.megatron_row + segment.rows, global_row + rows)
             if low >= high:
                 continue
-            hf_row = segment.hf_row + low - segment.megatron_row
+            hf_row = segment.hf_row + (low - segment.megatron_row) * segment.step
             row = local_row + low - global_row
-            hf_index = (slice(hf_row, hf_row + high - low), *hf_columns)
+            hf_rows = slice(hf_row, hf_row + (high - low) * segment.step, segment.step)
             local_index = (slice(row, row + high - low), *local_columns)
-            result.append(Box(segment.hf, hf_index, local_index))
+            if segment.expert is None:
+                result.append(Box(segment.hf, (hf_rows, *hf_columns), local_index))
+            else:
+                hf_index = (segment.expert, *hf_columns, hf_rows)
+                result.append(Box(segment.hf, hf_index, local_index, transposed=True))
     return result
 
 
@@ -284,7 +322,7 @@ def import_tensor(
     if entry.padded:
         local.zero_()
     for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
-        local[box.local_index].copy_(read(box.hf, box.hf_index))
+        local[box.local_index].copy_(box.oriented(read(box.hf, box.hf_index)))
 
 
 def export_tensor(
@@ -311,7 +349,7 @@ def export_tensor(
         return written
     for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
         part = local[box.local_index]
-        view(box.hf)[box.hf_index].copy_(part)
+        box.oriented(view(box.hf)[box.hf_index]).copy_(part)
         written[box.hf] = written.get(box.hf, 0) + part.numel()
     return written
 

@@ -95,6 +95,20 @@ def test_experts_resume_under_another_layout(experts, source, target, tmp_path):
     assert (result["logprobs"] - expected).abs().max() < 1e-3
 
 
+def test_sinks_and_biases_of_experts_resume_under_another_layout(tmp_path):
+    path, folder = tmp_path / "model", tmp_path / "step_000002"
+    save_tiny_model(path, "gpt_oss")
+    plain = tiny_sequences()
+    [logprobs] = run_distributed(1, logprobs_job, tiny_config(path), plain)
+    sequences = with_old_logprobs(plain, logprobs)
+    saved = tiny_config(path, parallel={"tp": 2, "etp": 2})
+    expected = run_distributed(2, save_job, saved, sequences, folder)[0]
+    loaded = tiny_config(path, parallel={"dp": 2, "ep": 2})
+    result = run_distributed(2, continue_job, loaded, sequences, folder)[0]
+    assert result["optimizer_steps"] == 3
+    assert (result["logprobs"] - expected).abs().max() < 1e-3
+
+
 def test_without_the_distributed_optimizer_another_expert_layout_is_refused(experts, tmp_path):
     path, sequences = experts
     folder, optim = tmp_path / "step_000002", {"lr": 1e-3, "distributed": False}

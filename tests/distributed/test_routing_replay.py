@@ -149,8 +149,9 @@ def test_replaying_the_routers_own_choice_changes_no_bit(reference, tmp_path, re
     assert all(torch.equal(own["weights"][name], free.weights[name]) for name in free.weights)
 
 
-# Sigmoid scores with a bias that counts for the choice alone; DeepSeek's groups of experts too.
-@pytest.mark.parametrize("architecture", ["glm4_moe", "deepseek_v3"])
+# Sigmoid scores with a bias that counts for the choice alone; DeepSeek's groups of experts too. The
+# logits of gpt-oss's router have a bias.
+@pytest.mark.parametrize("architecture", ["glm4_moe", "deepseek_v3", "gpt_oss"])
 def test_so_it_is_with_other_routers(tmp_path, architecture):
     save_tiny_model(tmp_path, architecture)
     sequences = with_old_logprobs(

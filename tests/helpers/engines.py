@@ -57,15 +57,21 @@ def random_model(config, seed: int) -> nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *correction_biases(model).items()]:
-            tensor.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+            # The activation of gpt-oss clamps at 7.
+            scale = 3.0 if name.endswith("gate_up_proj_bias") else 0.2
+            tensor.normal_(1.0 if "norm" in name else 0.0, scale, generator=generator)
+            if name.endswith("sinks"):  # vLLM rounds them on CPU
+                tensor.copy_(tensor.bfloat16())
     return model.eval()
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """By their names in a checkpoint, each once: a tied output layer is left out."""
     weights: dict[str, Tensor] = {}
+    packed = model.config.model_type == "gpt_oss"
     for name, parameter in model.named_parameters():
-        weights |= split_experts(name, parameter.detach())
+        weight = parameter.detach()
+        weights |= {name: weight} if packed else split_experts(name, weight)
     return weights | correction_biases(model)
 
 

@@ -11,13 +11,21 @@ from megatron_cpgd.policy.cpu_layers import Attention
 
 
 def attention_job(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, boundaries: list[int] | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    boundaries: list[int] | None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """This context-parallel rank's part of the attention and of its gradients.
 
     Args:
         query, key, value: packed [T, heads, d] with boundaries, else [S, B, heads, d].
         weight: [T, heads * d] or [S, B, heads * d]; the loss is (output * weight).sum().
+        window: tokens that a query sees before its own; None: all.
+        sinks: [heads] logits.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     if boundaries is None:
@@ -26,14 +34,25 @@ def attention_job(
     else:
         positions = packed_rank_positions(boundaries, rank=rank, size=size)
         packed = SimpleNamespace(cu_seqlens_q_padded=torch.tensor(boundaries))
-    layer = Attention(
-        SimpleNamespace(attention_dropout=0.0), 1, None, "self",
-        pg_collection=SimpleNamespace(cp=dist.group.WORLD),
-    )  # fmt: skip
+    config = SimpleNamespace(
+        attention_dropout=0.0,
+        window_size=None if window is None else (window, 0),
+        window_attn_skip_freq=None,
+        softmax_type="vanilla" if sinks is None else "learnable",
+        num_attention_heads=query.size(-2),
+        tensor_model_parallel_size=1,
+        params_dtype=torch.float32,
+    )
+    cp_group = SimpleNamespace(cp=dist.group.WORLD)
+    layer = Attention(config, 1, None, "self", pg_collection=cp_group)
+    if sinks is not None:
+        layer.softmax_offset.data.copy_(sinks)
     local = [x[positions].requires_grad_() for x in (query, key, value)]
     output = layer(*local, None, packed_seq_params=packed)
     (output * weight[positions]).sum().backward()
     gradients = {name: x.grad for name, x in zip("qkv", local, strict=True)}
+    if sinks is not None:
+        gradients["sinks"] = layer.softmax_offset.grad
     return {"positions": positions, "output": output.detach(), **gradients}
 
 

@@ -11,6 +11,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -61,6 +63,27 @@ ARCHITECTURES = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 24,
+            "sliding_window": 5,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6}),
     "qwen3_moe": (
         Qwen3MoeConfig,
@@ -99,8 +122,10 @@ def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
     model = model_class(config_class(**{**SIZES, **extra, **overrides})).float().eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name or name.endswith("bias"):
-                tensor.add_(0.1 * torch.randn_like(tensor))
+            if "norm" in name or name.endswith(("bias", "sinks")):
+                # The activation of gpt-oss clamps at 7.
+                scale = 3.0 if name.endswith("gate_up_proj_bias") else 0.1
+                tensor.add_(scale * torch.randn_like(tensor))
     model.save_pretrained(path)
     return model
 

@@ -108,9 +108,9 @@ def router_choices(model: nn.Module, token_ids: list[int]) -> Tensor:
         chosen.append(output[2] if with_choice else block.route_tokens_to_experts(output)[0])
 
     hooks = [
-        block.gate.register_forward_hook(lambda gate, inputs, output, own=block: note(own, output))
+        gate.register_forward_hook(lambda gate, inputs, output, own=block: note(own, output))
         for block in model.modules()
-        if hasattr(block, "gate")
+        if isinstance(gate := getattr(block, "gate", getattr(block, "router", None)), nn.Module)
     ]
     try:
         model(torch.tensor([token_ids[:-1]]))

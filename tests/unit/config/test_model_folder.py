@@ -117,6 +117,14 @@ def test_prompt_and_response_fit_the_position_range(check):
         ({"model_type": "gemma3"}, "model_type 'gemma3' is not one of Qwen2ForCausalLM"),
         ({"architectures": ["Qwen3Model"]}, r"architectures ['Qwen3Model'] is not one of"),
         ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained"),
+        (
+            {
+                "model_type": "gpt_oss",
+                "architectures": None,
+                "quantization_config": {"quant_method": "mxfp4"},
+            },
+            "cannot be trained; convert MXFP4 to bf16 first: megatron-cpgd convert",
+        ),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn' is not one of default, llama3"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' is not one of"),
         ({"num_hidden_layers": "6"}, "num_hidden_layers must be a positive integer, got '6'"),
@@ -126,6 +134,11 @@ def test_prompt_and_response_fit_the_position_range(check):
 def test_a_model_that_is_not_supported_says_why(check, changes, message):
     (problem,) = check(**changes)
     assert message in problem
+
+
+def test_yarn_is_accepted_where_the_model_has_it(check):
+    rope, gpt_oss = {"rope_type": "yarn"}, {"model_type": "gpt_oss", "architectures": None}
+    assert check(rope_scaling=rope, **gpt_oss) == []
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "llama3", "factor": 8}, {"rope_type": "default"}])

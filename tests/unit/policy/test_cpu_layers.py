@@ -15,16 +15,26 @@ from tests.helpers.ranks import run_distributed
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """[L, heads * d] of one sequence; query head h reads KV head h // (heads / KV heads)."""
     length, heads, width = query.shape
     columns = []
     for head in range(heads):
         kv = head // (heads // key.size(1))
         scores = query[:, head] @ key[:, kv].T / math.sqrt(width)
-        future = torch.arange(length)[None] > torch.arange(length)[:, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        columns.append(weights @ value[:, kv])
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+        hidden = (distance < 0) | (distance > (length if window is None else window))
+        weights = scores.masked_fill(hidden, -torch.inf).exp()
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + sinks[head].exp()
+        columns.append(weights / total @ value[:, kv])
     return torch.cat(columns, dim=1)
 
 
@@ -73,6 +83,34 @@ def test_padded_attention_is_that_of_each_row(ranks, length):
     whole = [x.double().requires_grad_() for x in inputs]
     rows = [causal_attention(*(x[:, row] for x in whole)) for row in range(3)]
     compare(torch.stack(rows, dim=1), whole, weight, results)
+
+
+SINKS = torch.tensor([-1.0, 0.0, 2.5, 4.0, -30.0, 0.5])
+
+
+# At cp = 2 rank 0 holds the first and the last quarter of a sequence: its window ends in rank 1.
+@pytest.mark.distributed
+@pytest.mark.parametrize("sinks", [None, SINKS])
+@pytest.mark.parametrize("window", [None, 0, 3])
+@pytest.mark.parametrize(("ranks", "lengths"), [(1, [1, 7, 16]), (2, [4, 12, 20]), (2, None)])
+def test_windows_count_positions_of_the_whole_sequence_and_sinks_take_their_share(
+    ranks, lengths, window, sinks
+):
+    if lengths is None:  # padded
+        *inputs, weight = random_inputs(12, 2)
+        boundaries, parts = None, [(slice(None), row) for row in range(2)]
+    else:
+        boundaries = [0, *itertools.accumulate(lengths)]
+        *inputs, weight = random_inputs(boundaries[-1])
+        parts = [slice(a, b) for a, b in itertools.pairwise(boundaries)]
+    results = run_distributed(ranks, attention_job, *inputs, weight, boundaries, window, sinks)
+    whole = [x.double().requires_grad_() for x in inputs]
+    wide = None if sinks is None else sinks.double().requires_grad_()
+    rows = [causal_attention(*(x[part] for x in whole), window, wide) for part in parts]
+    compare(torch.cat(rows) if lengths else torch.stack(rows, dim=1), whole, weight, results)
+    if wide is not None:
+        found = sum(result["sinks"].double() for result in results)
+        torch.testing.assert_close(found, wide.grad, atol=2e-5, rtol=1e-5)
 
 
 def norm(dtype: torch.dtype = torch.float32, sequence_parallel: bool = False) -> RMSNorm:

@@ -1,5 +1,6 @@
 """config.json -> TransformerConfig: what is taken over, and what is refused by name."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,9 @@ def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypat
         *transformer_config._FUSIONS,
         "attention_softmax_in_fp32",
         "gradient_accumulation_fusion",
+        "moe_grouped_gemm",
+        "moe_router_dtype",
+        "moe_token_dispatcher_type",
         "perform_initialization",
         "recompute_method",
         "recompute_modules",
@@ -171,8 +175,9 @@ def test_every_field_that_we_set_is_closed_to_users_or_open_on_purpose(monkeypat
 
     monkeypatch.setattr(transformer_config, "TransformerConfig", Recorder)
     for recompute in ("none", "selective", "full"):
-        build({}, recompute=recompute)
-        assert given.pop().keys() <= FIXED_FIELDS.keys() | choices_of_speed
+        for hf in ({}, GPT_OSS):
+            build(hf, recompute=recompute)
+            assert given.pop().keys() <= FIXED_FIELDS.keys() | choices_of_speed
 
 
 MOE = {
@@ -298,3 +303,67 @@ def test_latent_attention_that_megatron_would_compute_differently_is_refused(cha
 def test_a_router_or_rotation_that_megatron_would_compute_differently_is_refused(hf, message):
     with pytest.raises(ConversionError, match=message):
         build(hf)
+
+
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}
+
+
+def test_gpt_oss_has_sinks_biases_windows_on_even_layers_and_a_clamped_activation():
+    config = build(GPT_OSS)
+    assert (config.softmax_type, config.add_bias_linear) == ("learnable", True)
+    assert config.window_size == (127, 0)  # 128 tokens with the query's own
+    assert config.window_attn_skip_freq == [1, 0, 1, 0]
+    assert (config.activation_func_clamp_value, config.glu_linear_offset) == (7.0, 1.0)
+    value = config.activation_func(torch.tensor(2.0))
+    assert value == pytest.approx(2 / (1 + math.exp(-1.702 * 2)))
+    assert config.moe_router_pre_softmax is False  # softmax over the chosen
+    full = build(GPT_OSS | {"layer_types": ["full_attention"] * 4, "sliding_window": None})
+    assert full.window_size is None
+    assert build(GPT_OSS, {"tp": 2, "dp": 2, "etp": 2}).expert_tensor_parallel_size == 2
+
+
+def test_yarn_of_gpt_oss_has_no_rounding_and_the_factor_of_its_paper():
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+
+    config = build(GPT_OSS)
+    assert rope_arguments(HF | GPT_OSS)["position_embedding_type"] == "yarn"
+    assert rope_arguments(HF | GPT_OSS)["rotary_base"] == 150000.0
+    assert config.yarn_correction_range_round_to_int is False
+    # arXiv:2309.00071: 0.1 * ln(factor) + 1
+    factor = yarn._yarn_get_concentration_factor_from_config(config)
+    assert factor == pytest.approx(0.1 * math.log(32.0) + 1)
+    plain = {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert rope_arguments(HF | GPT_OSS | plain)["position_embedding_type"] == "rope"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": False}, "attention_bias: expected true"),
+        ({"swiglu_limit": 6.0}, "swiglu_limit: expected 7.0, got 6.0"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected 4 of"),
+        ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer_types: "),
+        ({"sliding_window": None}, "sliding_window: expected a positive integer, got None"),
+        ({"rope_scaling": None}, "rope_parameters, rope_theta: expected both"),
+        ({"rope_scaling": YARN_ROPE | {"factor": None}}, "yarn factor: is missing or 0"),
+        ({"rope_scaling": YARN_ROPE | {"attention_factor": 1.2}}, "attention_factor: is not"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type: .*got linear"),
+    ],
+)
+def test_a_gpt_oss_that_megatron_would_compute_differently_is_refused(change, message):
+    with pytest.raises(ConversionError, match=message):
+        build(GPT_OSS | change)

@@ -61,6 +61,22 @@ def test_a_row_parallel_layer_is_cut_by_columns() -> None:
     assert imported(entry, hf, 1, 2, (2, 2)).tolist() == [[3, 4], [7, 8]]
 
 
+def test_experts_in_one_tensor_are_transposed_and_gate_and_up_rows_take_turns() -> None:
+    # [2 experts, 3 columns, 4 rows]: hundreds name the expert, tens the column; gate rows 0 and 2.
+    expert, column, row = (torch.arange(size) for size in (2, 3, 4))
+    hf = {"w": 100 + 100 * expert[:, None, None] + 10 * column[:, None] + row}
+    entry = gated_mlp(("m",), "w", "w", (2, 3), packed=1)
+    assert imported(entry, hf, 0, 1, (4, 3))[0].tolist() == [200, 210, 220]
+    assert imported(entry, hf, 0, 1, (4, 3))[:, 1].tolist() == [210, 212, 211, 213]
+    # Each rank has one gate and one up row.
+    assert imported(entry, hf, 1, 2, (2, 3)).tolist() == [[202, 212, 222], [203, 213, 223]]
+    down = rename(("m",), "w", (4, 3), "columns", packed=0)
+    assert imported(down, hf, 2, 3, (4, 1)).flatten().tolist() == [120, 121, 122, 123]
+    bias = {"b": torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])}
+    entry = gated_mlp(("m",), "b", "b", (2,), packed=1)
+    assert imported(entry, bias, 1, 2, (2,)).tolist() == [22, 23]
+
+
 def test_vocabulary_padding_is_zero_and_never_exported() -> None:
     # 5 words on 4 ranks of 2 rows: rank 2 has word 4 and one padding row, rank 3 only padding.
     hf = {"w": torch.tensor([[1], [2], [3], [4], [5]])}
@@ -120,6 +136,9 @@ def test_check_tiling_finds_gaps_and_overlaps() -> None:
         (Segment("a", 0, 3, 0),),  # Megatron row 3 is not covered
         (Segment("a", 0, 2, 0), Segment("a", 0, 2, 2)),  # rows 0 and 1 of a are used twice
         (Segment("a", 0, 2, 0), Segment("a", 3, 2, 2)),  # row 2 of a is lost
+        # Two experts: rows 0 and 2 of the first twice, then those of both, but not rows 1 and 3.
+        (Segment("a", 0, 2, 0, step=2, expert=0), Segment("a", 0, 2, 2, step=2, expert=0)),
+        (Segment("a", 0, 2, 0, step=2, expert=0), Segment("a", 1, 2, 2, step=2, expert=1)),
     ):
         with pytest.raises(AssertionError):
             table(*wrong).check_tiling()
@@ -139,7 +158,7 @@ def model_configs(draw: st.DrawFn) -> dict[str, Any]:
     kv_heads = draw(st.sampled_from([4, 8]))
     heads = kv_heads * draw(st.integers(1, 3))
     config: dict[str, Any] = {
-        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
+        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"])),
         "num_hidden_layers": draw(st.integers(1, 3)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -151,6 +170,7 @@ def model_configs(draw: st.DrawFn) -> dict[str, Any]:
         "mlp_bias": draw(st.booleans()),
         "num_experts": draw(st.integers(1, 3)),
         "moe_intermediate_size": 4 * draw(st.integers(1, 3)),
+        "num_local_experts": draw(st.integers(1, 3)),
         "decoder_sparse_step": draw(st.integers(1, 2)),
     }
     if config["model_type"] == "qwen3" or draw(st.booleans()):
