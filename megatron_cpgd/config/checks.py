@@ -97,6 +97,14 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
             "set parallel.pp > 1 or parallel.vpp=1"
         )
+    stages, given = parallel.pp * parallel.vpp, parallel.stage_layers
+    if given is not None and len(given) != stages:
+        yield (
+            f"parallel.stage_layers has {len(given)} numbers, but parallel.pp={parallel.pp} * "
+            f"vpp={parallel.vpp} = {stages} stages; give one number for each"
+        )
+    elif given is not None and stages == 1:
+        yield "parallel.stage_layers does nothing: parallel.pp=1 is no pipeline; remove it"
     ranks = parallel.tp * parallel.cp * parallel.dp
     if ranks % (parallel.ep * parallel.etp):
         yield (

@@ -132,11 +132,18 @@ def _layout(
             yield (
                 f"parallel.tp={tp} does not divide {name}={count} of {path}; use {_choice(fitting)}"
             )
-    if layers % stages:
+    if sizes.stage_layers is not None:
+        if sum(sizes.stage_layers) != layers:
+            yield (
+                f"parallel.stage_layers={sizes.stage_layers} are {sum(sizes.stage_layers)} layers, "
+                f"but num_hidden_layers={layers} of {path}"
+            )
+    elif layers % stages:
         fitting = [n for n in range(1, layers + 1) if layers % n == 0]
         yield (
             f"parallel.pp={sizes.pp} * vpp={sizes.vpp} = {stages} does not divide "
-            f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}"
+            f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}, or say "
+            "in parallel.stage_layers how many each stage has"
         )
 
 

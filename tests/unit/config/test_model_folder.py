@@ -43,7 +43,13 @@ def test_pipeline_stages_and_chunks_divide_the_layers(check):
     assert check("parallel.pp=3", "parallel.vpp=2") == []
     (problem,) = check("parallel.pp=2", "parallel.vpp=2")
     assert "parallel.pp=2 * vpp=2 = 4 does not divide num_hidden_layers=6" in problem
-    assert problem.endswith("use a product of 1, 2, 3 or 6")
+    assert "use a product of 1, 2, 3 or 6, or say in parallel.stage_layers" in problem
+
+
+def test_unequal_stages_hold_all_layers(check):
+    assert check("parallel.pp=4", "parallel.stage_layers=[1,2,2,1]") == []
+    (problem,) = check("parallel.pp=4", "parallel.stage_layers=[1,2,2,2]")
+    assert "parallel.stage_layers=[1, 2, 2, 2] are 7 layers, but num_hidden_layers=6" in problem
 
 
 EXPERTS = {
