@@ -44,7 +44,7 @@ class ParallelConfig(Config):
     tp: int = Field(1, ge=1)
     """Tensor parallel size; divides the attention heads and the KV heads."""
     pp: int = Field(1, ge=1)
-    """Pipeline parallel size; pp * vpp divides the layers, or `stage_layers` says who has how many."""
+    """Pipeline parallel size; pp * vpp divides the layers, unless `stage_layers` is given."""
     vpp: int = Field(1, ge=1)
     """Virtual pipeline chunks per rank (interleaved schedule); needs pp > 1."""
     stage_layers: list[Annotated[int, Field(ge=1)]] | None = None
