@@ -18,3 +18,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> 
         nargs="*",
         help="settings laid over the file, values in YAML: optim.lr=1e-6",
     )
+
+
+def add_model_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--model-config DIR`."""
+    parser.add_argument(
+        "--model-config",
+        metavar="DIR",
+        type=Path,
+        help="take the model's config.json from here, e.g. configs/models/Qwen3-8B, and look for "
+        "no other file of the run",
+    )

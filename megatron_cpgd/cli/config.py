@@ -3,7 +3,11 @@
 import argparse
 import sys
 
-from megatron_cpgd.cli.arguments import Commands, add_config_arguments
+from megatron_cpgd.cli.arguments import (
+    Commands,
+    add_config_arguments,
+    add_model_config_argument,
+)
 from megatron_cpgd.errors import UserError
 
 
@@ -15,6 +19,7 @@ def add_parser(commands: Commands) -> None:
         description="Checks a configuration and prints it with every default filled in.",
     )
     add_config_arguments(parser, required=False)
+    add_model_config_argument(parser)
     parser.add_argument("--schema", action="store_true", help="print every setting that exists")
     parser.set_defaults(run=run)
 
@@ -30,5 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("give a YAML file, or --schema for the list of all settings")
     from megatron_cpgd.config.load import format_config, load_config
 
-    sys.stdout.write(format_config(load_config(arguments.config, arguments.overrides)))
+    config = load_config(arguments.config, arguments.overrides, arguments.model_config)
+    sys.stdout.write(format_config(config))
     return 0

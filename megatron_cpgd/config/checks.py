@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS, check_algorithm
 from megatron_cpgd.config.messages import did_you_mean
-from megatron_cpgd.config.model_folder import check_model_folder
+from megatron_cpgd.config.model_folder import check_model_config, check_model_folder
 from megatron_cpgd.config.schema import (
     ExactMatchReward,
     ExperimentConfig,
@@ -23,8 +23,17 @@ from megatron_cpgd.config.schema import (
 from megatron_cpgd.config.stability import StabilityConfig
 
 
-def check_config(config: ExperimentConfig) -> list[str]:
-    """Every problem of a configuration whose single settings are valid; empty if there is none."""
+def check_config(config: ExperimentConfig, model_config: Path | None = None) -> list[str]:
+    """Every problem of a configuration whose single settings are valid; empty if there is none.
+
+    Args:
+        model_config: folder with the model's config.json, to check a run whose model and data are
+            not on this machine.
+    """
+    if model_config is None:
+        files = [*_paths(config), *check_model_folder(config)]
+    else:
+        files = check_model_config(config, model_config)
     return [
         *check_algorithm(config),
         *_router(config),
@@ -33,8 +42,7 @@ def check_config(config: ExperimentConfig) -> list[str]:
         *_batch_sizes(config),
         *_evaluations(config),
         *_rewards(config),
-        *_paths(config),
-        *check_model_folder(config),
+        *files,
         *_world_size(config),
     ]
 
@@ -98,6 +106,14 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
             "set parallel.pp > 1 or parallel.vpp=1"
         )
+    stages, given = parallel.pp * parallel.vpp, parallel.stage_layers
+    if given is not None and len(given) != stages:
+        yield (
+            f"parallel.stage_layers has {len(given)} numbers, but parallel.pp={parallel.pp} * "
+            f"vpp={parallel.vpp} = {stages} stages; give one number for each"
+        )
+    elif given is not None and stages == 1:
+        yield "parallel.stage_layers does nothing: parallel.pp=1 is no pipeline; remove it"
     ranks = parallel.tp * parallel.cp * parallel.dp
     if ranks % (parallel.ep * parallel.etp):
         yield (

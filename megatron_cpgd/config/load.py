@@ -17,7 +17,9 @@ from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), model_config: Path | None = None
+) -> ExperimentConfig:
     """The configuration of a run, checked as far as is possible without starting anything.
 
     A file is laid over the files that its `defaults: [other.yaml, ...]` names (relative to itself,
@@ -27,6 +29,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     Args:
         path: YAML file.
         overrides: `a.b=value`, the value in YAML: `optim.lr=1e-6`, `algorithm.clip={type: none}`.
+        model_config: as for `check_config`.
 
     Raises:
         ConfigError: lists every mistake, of single settings and between settings.
@@ -36,8 +39,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         config = ExperimentConfig.model_validate(data)
     except ValidationError as error:
         invalid = explain(error)
-        _refuse(path, [*map(str, invalid), *_check_the_rest(data, invalid)], error)
-    _refuse(path, check_config(config))
+        _refuse(path, [*map(str, invalid), *_check_the_rest(data, invalid, model_config)], error)
+    _refuse(path, check_config(config, model_config))
     return config
 
 
@@ -112,7 +115,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _check_the_rest(data: dict[str, Any], invalid: list[Problem]) -> list[str]:
+def _check_the_rest(
+    data: dict[str, Any], invalid: list[Problem], model_config: Path | None
+) -> list[str]:
     """Problems between the settings that are valid, so that one run shows all mistakes.
 
     The invalid ones are left at their defaults; what is said about them then is dropped.
@@ -125,7 +130,8 @@ def _check_the_rest(data: dict[str, Any], invalid: list[Problem]) -> list[str]:
     except ValidationError:  # a required setting is missing: nothing to look at
         return []
     names = [dotted(problem.path) for problem in invalid]
-    return [text for text in check_config(config) if not any(name in text for name in names)]
+    problems = check_config(config, model_config)
+    return [text for text in problems if not any(name in text for name in names)]
 
 
 def _remove(node: Any, path: tuple[int | str, ...]) -> None:

@@ -43,22 +43,33 @@ def check_model_folder(config: ExperimentConfig) -> list[str]:
     return problems
 
 
+def check_model_config(config: ExperimentConfig, folder: Path) -> list[str]:
+    """Problems of a model, and of the sizes that depend on it, whose config.json is in `folder`."""
+    hf, problems = _config(folder, "--model-config")
+    return problems if hf is None else [*_sizes(hf, folder, config)]
+
+
 def _model(path: Path, where: str) -> tuple[dict[str, Any] | None, list[str]]:
     """config.json, unless it is unreadable or not supported, and the problems of a folder."""
     if not path.is_dir():
         hint = f"; download it: hf download {path} --local-dir ..." if _is_hub_id(path) else ""
         return None, [f"{where}={path}: no such folder, seen from {Path.cwd()}{hint}"]
-    problems = [*_weights(path, where)]
+    hf, problems = _config(path, where)
+    return hf, [*_weights(path, where), *problems]
+
+
+def _config(path: Path, where: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """config.json, unless it is unreadable or not supported, and its problems."""
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None, [*problems, f"{where}={path}: has no config.json; give a Hugging Face folder"]
+        return None, [f"{where}={path}: has no config.json; give a Hugging Face folder"]
     except (OSError, ValueError) as error:
-        return None, [*problems, f"{path / 'config.json'}: cannot be read as JSON: {error}"]
+        return None, [f"{path / 'config.json'}: cannot be read as JSON: {error}"]
     if not isinstance(hf, dict):
-        return None, [*problems, f"{path / 'config.json'}: must be a JSON object"]
+        return None, [f"{path / 'config.json'}: must be a JSON object"]
     unsupported = [*_architecture(hf, path, where)]  # its sizes would have other names
-    return None if unsupported else hf, problems + unsupported
+    return None if unsupported else hf, unsupported
 
 
 def _is_hub_id(path: Path) -> bool:
@@ -104,15 +115,18 @@ def _architecture(hf: dict[str, Any], path: Path, where: str) -> Iterator[str]:
         if model_type == "gpt_oss":
             hint = "convert MXFP4 to bf16 first: megatron-cpgd convert, there and back"
         yield f"{where}={path}: quantised weights cannot be trained; {hint}"
-    # transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = _rope(hf).get("rope_type", _rope(hf).get("type", "default"))
     known = ("default", "yarn") if model_type in ("deepseek_v3", "gpt_oss") else ROPE_TYPES
     if rope_type not in known:
         yield (
             f"{where}={path}: rope_type {rope_type!r} is not one of {', '.join(known)}; "
             "remove the scaling from config.json if you stay below the original length"
         )
+
+
+def _rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """transformers 4 writes rope_scaling, 5 writes rope_parameters; old files say `type`."""
+    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
 
 
 def _sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
@@ -125,6 +139,12 @@ def _sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads  # absent: multi-head attention
     yield from _layout(config.parallel, heads, kv_heads, hf["num_hidden_layers"], path)
+    cp, cached = config.parallel.cp, _rope(hf).get("original_max_position_embeddings")
+    if hf["model_type"] == "deepseek_v3" and cp > 1 and cached and cached % (2 * cp):
+        yield (
+            f"parallel.cp={cp}: Megatron-Core cuts its table of {cached} rotations (of "
+            f"{path}: original_max_position_embeddings) into 2 * cp equal parts; use a power of two"
+        )
     yield from _experts(hf, path, config)
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     if prompt + response > hf["max_position_embeddings"]:
@@ -145,11 +165,18 @@ def _layout(
             yield (
                 f"parallel.tp={tp} does not divide {name}={count} of {path}; use {_choice(fitting)}"
             )
-    if layers % stages:
+    if sizes.stage_layers is not None:
+        if sum(sizes.stage_layers) != layers:
+            yield (
+                f"parallel.stage_layers={sizes.stage_layers} are {sum(sizes.stage_layers)} layers, "
+                f"but num_hidden_layers={layers} of {path}"
+            )
+    elif layers % stages:
         fitting = [n for n in range(1, layers + 1) if layers % n == 0]
         yield (
             f"parallel.pp={sizes.pp} * vpp={sizes.vpp} = {stages} does not divide "
-            f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}"
+            f"num_hidden_layers={layers} of {path}; use a product of {_choice(fitting)}, or say "
+            "in parallel.stage_layers how many each stage has"
         )
 
 

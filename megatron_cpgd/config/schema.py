@@ -45,9 +45,12 @@ class ParallelConfig(Config):
     tp: int = Field(1, ge=1)
     """Tensor parallel size; divides the attention heads and the KV heads."""
     pp: int = Field(1, ge=1)
-    """Pipeline parallel size; pp * vpp divides the layers."""
+    """Pipeline parallel size; pp * vpp divides the layers, unless `stage_layers` is given."""
     vpp: int = Field(1, ge=1)
     """Virtual pipeline chunks per rank (interleaved schedule); needs pp > 1."""
+    stage_layers: list[Annotated[int, Field(ge=1)]] | None = None
+    """Layers of each of the pp * vpp stages, in the order of the layers: with vpp > 1 the stages 0,
+    pp, 2 * pp ... are those of the first rank. Default: equally many."""
     cp: int = Field(1, ge=1)
     """Context parallel size: every sequence is cut over this many ranks."""
     dp: int = Field(1, ge=1)

@@ -78,6 +78,11 @@ FIXED_FIELDS = {
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "pipeline_model_parallel_layout": "parallel.stage_layers",
+    "num_layers_in_first_pipeline_stage": "parallel.stage_layers",
+    "num_layers_in_last_pipeline_stage": "parallel.stage_layers",
+    "account_for_embedding_in_pipeline_split": "parallel.stage_layers",
+    "account_for_loss_in_pipeline_split": "parallel.stage_layers",
     "context_parallel_size": "parallel.cp",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "precision.train",
@@ -136,6 +141,7 @@ def build_transformer_config(
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
+        "pipeline_model_parallel_layout": _stages(parallel),
         "context_parallel_size": parallel.cp,
         "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         # With the interleaved schedule two sends to one rank would be matched by order alone and
@@ -270,6 +276,13 @@ def _router_fields(hf: dict[str, Any], experts: Experts) -> dict[str, Any]:
         "moe_router_num_groups": groups if groups > 1 else None,
         "moe_router_group_topk": hf["topk_group"] if groups > 1 else None,
     }
+
+
+def _stages(parallel: ParallelConfig) -> str | None:
+    """Upstream's spelling of unequal stages: embedding, layers and loss, as in "Ett|ttt|tL"."""
+    if parallel.stage_layers is None:
+        return None
+    return f"E{'|'.join('t' * count for count in parallel.stage_layers)}L"
 
 
 def _recompute_fields(recompute: str) -> dict[str, Any]:

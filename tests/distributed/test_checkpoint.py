@@ -45,7 +45,9 @@ def saved(model, sequences, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{}, {"tp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}], ids=["1", "tp2", "pp2vpp2", "dp2"]
+    "parallel",
+    [{}, {"tp": 2}, {"pp": 2, "vpp": 2}, {"pp": 2, "stage_layers": [1, 3]}, {"dp": 2}],
+    ids=["1", "tp2", "pp2vpp2", "pp2unequal", "dp2"],
 )
 def test_the_third_step_after_loading_equals_the_uninterrupted_one(
     model, sequences, saved, parallel

@@ -72,6 +72,11 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
         ),
         (["stability.lr_factor=0.1"], "stability.lr_factor=0.1 does nothing while stability.act"),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
+        (["parallel.stage_layers=[6]"], "parallel.stage_layers does nothing: parallel.pp=1"),
+        (
+            ["parallel.pp=2", "parallel.stage_layers=[3,2,1]"],
+            "parallel.stage_layers has 3 numbers, but parallel.pp=2 * vpp=1 = 2 stages",
+        ),
         (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
         (
             ["optim.schedule=cosine", "optim.min_lr=1e-5"],
@@ -181,6 +186,7 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         [TIS, "algorithm.rejection={veto: 1e-4, geometric_low: 0.99, geometric_high: 1.01}"],
         ["rollout.logprob_diff_limit=0.1"],
         ["parallel.pp=2", "parallel.vpp=3"],  # 6 layers
+        ["parallel.pp=2", "parallel.vpp=2", "parallel.stage_layers=[1,2,2,1]"],
         ["optim.schedule=linear", "optim.min_lr=1e-7"],
         ["parallel.sequence_parallel=true"],
         ["stability={action: off, not_finite: 9}"],

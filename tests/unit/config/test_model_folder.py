@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
-from megatron_cpgd.config.load import read_config
+from megatron_cpgd.config.load import load_config, read_config
 from megatron_cpgd.config.model_folder import check_model_folder
-from tests.helpers.valid_run import write_model_folder
+from megatron_cpgd.errors import ConfigError
+from tests.helpers.valid_run import MODEL, write_model_folder
 
 
 @pytest.fixture
@@ -43,7 +46,13 @@ def test_pipeline_stages_and_chunks_divide_the_layers(check):
     assert check("parallel.pp=3", "parallel.vpp=2") == []
     (problem,) = check("parallel.pp=2", "parallel.vpp=2")
     assert "parallel.pp=2 * vpp=2 = 4 does not divide num_hidden_layers=6" in problem
-    assert problem.endswith("use a product of 1, 2, 3 or 6")
+    assert "use a product of 1, 2, 3 or 6, or say in parallel.stage_layers" in problem
+
+
+def test_unequal_stages_hold_all_layers(check):
+    assert check("parallel.pp=4", "parallel.stage_layers=[1,2,2,1]") == []
+    (problem,) = check("parallel.pp=4", "parallel.stage_layers=[1,2,2,2]")
+    assert "parallel.stage_layers=[1, 2, 2, 2] are 7 layers, but num_hidden_layers=6" in problem
 
 
 EXPERTS = {
@@ -167,6 +176,26 @@ def test_yarn_is_for_deepseek_v3(check):
     assert check(rope_scaling={"type": "yarn"}, **DEEPSEEK) == []
     (problem,) = check(rope_scaling={"type": "llama3"}, **DEEPSEEK)
     assert "rope_type 'llama3' is not one of default, yarn" in problem
+
+
+def test_a_table_of_rotations_is_cut_into_equal_parts(check):
+    deepseek = {"model_type": "deepseek_v3", "architectures": None, "n_routed_experts": 4}
+    deepseek["rope_scaling"] = {"type": "yarn", "original_max_position_embeddings": 4096}
+    assert check("parallel.cp=4", **deepseek) == []
+    (problem,) = check("parallel.cp=3", **deepseek)
+    assert problem.startswith("parallel.cp=3: Megatron-Core cuts its table of 4096 rotations")
+    assert check("parallel.cp=3") == []
+
+
+def test_a_config_json_alone_is_enough_to_check_the_sizes(run_yaml, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    missing = ["model.path=/nowhere", "data.path=/nowhere.jsonl"]
+    load_config(run_yaml, missing, tmp_path)
+    with pytest.raises(ConfigError, match=r"1 problem\n  parallel.tp=8 does not divide") as error:
+        load_config(run_yaml, [*missing, "parallel.tp=8"], tmp_path)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(ConfigError, match=r"--model-config=.*/none: has no config.json"):
+        load_config(run_yaml, missing, tmp_path / "none")
 
 
 def test_a_missing_folder_says_where_it_was_looked_for(check):

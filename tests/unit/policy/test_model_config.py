@@ -126,6 +126,14 @@ def test_the_interleaved_schedule_never_batches_its_sends():
     assert interleaved.virtual_pipeline_model_parallel_size == 2
 
 
+def test_unequal_stages_reach_megatron():
+    sizes = {"pp": 2, "vpp": 2, "stage_layers": [1, 3, 2, 1]}
+    layout = build({"num_hidden_layers": 7}, sizes).pipeline_model_parallel_layout
+    assert str(layout) == "Et|ttt|tt|tL"
+    # One object, so that two models under this layout compare equal.
+    assert layout is build({"num_hidden_layers": 7}, sizes).pipeline_model_parallel_layout
+
+
 def test_sequence_parallel_is_off_without_tensor_parallel():
     assert build({}, {"tp": 1}).sequence_parallel is False
     assert build({}, {"tp": 2}).sequence_parallel is True
