@@ -26,7 +26,7 @@ test-all: $(BIN)/.synced
 # ports. Where Slurm's programs are missing, root on Debian gets the packages slurmctld, slurmd,
 # slurm-client and munge installed, services included as always; elsewhere the tests are skipped.
 test-slurm: $(BIN)/.synced
-	@if ! command -v slurmctld /usr/sbin/slurmctld >/dev/null \
+	@if [ ! -x /usr/sbin/slurmctld ] && ! command -v slurmctld >/dev/null \
 	  && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
 	    --no-install-recommends slurmctld slurmd slurm-client munge; fi

@@ -16,8 +16,8 @@
 # One task of srun is one rank: no torchrun, no Ray. See docs/slurm.md. Exit code: that of srun, 1 if
 # a node fails the preflight, 200 if the run was stopped and could not be put back into the queue.
 # Why these options: whole nodes with all their memory, since the first one's holds the engine and
-# all weights; a log that a requeued job appends to; USR1 to the ranks 600 s before the time limit, which is more than
-# checkpoint.stop_within_s.
+# all weights; a log that a requeued job appends to; USR1 to the ranks 600 s before the time limit,
+# which is more than checkpoint.stop_within_s.
 set -euo pipefail
 
 usage() { sed -n '/^# Train/,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
@@ -82,6 +82,9 @@ if [[ $dry_run == 1 ]]; then
   exit 0
 fi
 
+time_limit=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+time_limit=$(date -d "$time_limit" +%s 2>/dev/null || echo 9999999999) # Unknown: there is none
+
 "${preflight[@]}" || {
   echo "${0##*/}: a node fails the preflight above; nothing was started" >&2
   exit 1
@@ -105,15 +108,17 @@ for file in /dev/shm/megatron_cpgd_*.safetensors; do
   [[ -e $file && ! -e /proc/${pid%.safetensors} ]] && rm -f "$file"
 done
 
-if [[ $code == 200 ]]; then
-  echo "${0##*/}: stopped with a checkpoint; job $SLURM_JOB_ID goes back into the queue"
+# 138: SIGUSR1 came before there was anything to save. After a preemption that is no reason not to try
+# again; at the end of the time limit it is, since the next start would get no further either.
+if [[ $code == 200 || ($code == 138 && $(date +%s) -lt $((time_limit - 900))) ]]; then
+  echo "${0##*/}: stopped as asked; job $SLURM_JOB_ID goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || {
     echo "${0##*/}: Slurm does not requeue this job: submit the same command again" >&2
     exit "$code"
   }
   sleep 60 # Slurm ends this script meanwhile
 elif [[ $code == 138 ]]; then
-  echo "${0##*/}: stopped by SIGUSR1, and no checkpoint was written since the start: not requeued," \
-    "it might never get further; raise --time or checkpoint.stop_within_s" >&2
+  echo "${0##*/}: the time limit ends, and no checkpoint was written since the start: not requeued;" \
+    "raise --time or checkpoint.stop_within_s" >&2
 fi
 exit "$code"

@@ -33,7 +33,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/munge
 # A requeued job waits for the end of its old credential.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -112,7 +112,7 @@ class SlurmCluster:
     def submit(self, *arguments: object, folder: Path) -> "Job":
         """`sbatch ...` in a folder."""
         number = self.run("sbatch", "--parsable", "--time=60", *arguments, folder=folder)
-        return Job(self, int(number), folder / f"cpgd-{int(number)}.log")
+        return Job(self, int(number), folder)
 
     def _start(self) -> None:
         user = getpass.getuser()
@@ -170,7 +170,7 @@ class SlurmCluster:
     def _all_idle(self) -> bool:
         with suppress(subprocess.SubprocessError):
             states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
-            return states == ["idle"] * len(self.names)
+            return set(states) == {"idle"}
         return False
 
     def _wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
@@ -198,16 +198,16 @@ class SlurmCluster:
 class Job:
     """A job that was submitted."""
 
-    def __init__(self, cluster: SlurmCluster, number: int, log: Path) -> None:
+    def __init__(self, cluster: SlurmCluster, number: int, folder: Path) -> None:
         """Use `SlurmCluster.submit`."""
         self._cluster = cluster
         self.number = number
-        self._log = log
+        self._folder = folder
 
     @property
     def log(self) -> str:
         """What it has written so far."""
-        return self._log.read_text() if self._log.exists() else ""
+        return "".join(log.read_text() for log in self._folder.glob(f"*-{self.number}.log"))
 
     def details(self) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -216,18 +216,19 @@ class Job:
 
     def wait_for_log(self, text: str, timeout_s: float = 240) -> None:
         """Until the log has this text."""
-        self._wait(lambda: text in self.log, text, timeout_s)
+        self.wait_until(lambda: text in self.log, text, timeout_s)
 
     def wait(self, timeout_s: float = 300) -> dict[str, str]:
         """Until the job has ended for good; returns its details."""
-        self._wait(self._has_ended, "end", timeout_s)
+        self.wait_until(self._has_ended, "end", timeout_s)
         return self.details()
 
     def _has_ended(self) -> bool:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         return self.details()["JobState"] in ended
 
-    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+        """Until the condition holds; the job must not end before."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if what != "end" and self._has_ended():
