@@ -7,7 +7,7 @@ shard, export copies the same box back, so the two directions are inverse by con
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -171,10 +171,10 @@ class WeightTable:
 
     def check_tiling(self) -> None:
         """Assert that segments cover each Megatron and each HF tensor once, without gaps."""
-        hf_ranges: dict[str, list[tuple[int, int]]] = {}
+        hf_ranges: dict[str, list[range]] = {}
         hf_rows: dict[str, int] = {}
         for entry in self.entries:
-            ranges = [(s.megatron_row, s.megatron_row + s.rows) for s in entry.segments]
+            ranges = [range(s.megatron_row, s.megatron_row + s.rows) for s in entry.segments]
             assert _tiles(ranges, entry.shape[0]), f"{entry.name}: {ranges} of {entry.shape}"
             for s in () if entry.alias else entry.segments:
                 shape = self.hf_shapes[s.hf]
@@ -183,7 +183,7 @@ class WeightTable:
                 assert columns == entry.shape[1:], f"{s} of {entry.name}"
                 first = s.hf_row + (s.expert or 0) * shape[-1]
                 rows = range(first, first + s.rows * s.step, s.step)
-                hf_ranges.setdefault(s.hf, []).extend((row, row + 1) for row in rows)
+                hf_ranges.setdefault(s.hf, []).append(rows)
                 hf_rows[s.hf] = shape[0] * shape[-1] if packed else shape[0]
         for name, length in hf_rows.items():
             assert _tiles(hf_ranges[name], length), f"{name}: {hf_ranges[name]} of {length}"
@@ -335,9 +335,6 @@ def export_tensor(
 ) -> dict[str, int]:
     """Write the shard of one rank into full HF tensors, in place.
 
-    Called by all tensor-parallel ranks of one replica of the parameter, it writes every element
-    once: aliases are skipped, and replicated parameters come from rank 0.
-
     Args:
         view: gives the full HF tensor of a name: `TensorFile.view` or `HfWriter.view`.
 
@@ -345,23 +342,32 @@ def export_tensor(
         Elements written by HF name, for `WeightTable.check_written`.
     """
     written: dict[str, int] = {}
-    if entry.alias or (entry.split == "replicated" and tp_rank > 0):
-        return written
-    for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
+    for box in export_boxes(entry, local, tp_rank=tp_rank, tp_size=tp_size):
         part = local[box.local_index]
         box.oriented(view(box.hf)[box.hf_index]).copy_(part)
         written[box.hf] = written.get(box.hf, 0) + part.numel()
     return written
 
 
-def fills(parts: list[Index], shape: tuple[int, ...]) -> bool:
-    """Whether parts of a tensor, of rows or rows and columns, make it up without an overlap."""
-    columns: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for rows, *rest in parts:
-        key = (rest[0].start, rest[0].stop) if rest else (0, 1)
-        columns.setdefault(key, []).append((rows.start, rows.stop))
-    width = shape[1] if len(shape) > 1 else 1
-    return _tiles(list(columns), width) and all(_tiles(rows, shape[0]) for rows in columns.values())
+def export_boxes(entry: Entry, local: Tensor, *, tp_rank: int, tp_size: int) -> Iterator[Box]:
+    """What one rank contributes to the full HF tensors.
+
+    Over all tensor-parallel ranks of one replica of the parameter every element comes once: aliases
+    are skipped, and replicated parameters come from rank 0.
+    """
+    if not entry.alias and (entry.split != "replicated" or tp_rank == 0):
+        yield from boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape))
+
+
+def fills(parts: Sequence[Index], shape: tuple[int, ...]) -> bool:
+    """Whether parts of a tensor, cut alike along each dimension, make it up without an overlap."""
+    if not shape:
+        return list(parts) == [()]
+    first: dict[Index, list[int | slice]] = {}
+    for index, *rest in parts:
+        first.setdefault(tuple(rest), []).append(index)
+    tiled = all(_tiles(list(map(span, indices)), shape[0]) for indices in first.values())
+    return tiled and fills(list(first), shape[1:])
 
 
 def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:
@@ -399,10 +405,22 @@ def _row_blocks(
         yield (block * tp_size + tp_rank) * rows, block * rows, rows
 
 
-def _tiles(ranges: list[tuple[int, int]], length: int) -> bool:
-    end = 0
-    for start, stop in sorted(ranges):
-        if start != end:
+def span(index: int | slice) -> range:
+    """The places that an index selects."""
+    if isinstance(index, int):
+        return range(index, index + 1)
+    return range(index.start, index.stop, index.step or 1)
+
+
+def _tiles(spans: list[range], length: int) -> bool:
+    steps = {span.step for span in spans}
+    if len(steps) != 1:
+        return False
+    [step] = steps
+    ends = [0] * step  # of the rows k, k + step, k + 2 * step, ...
+    for span in sorted(spans, key=lambda span: span.start):
+        turn, row = span.start % step, span.start // step
+        if row != ends[turn]:
             return False
-        end = stop
-    return end == length
+        ends[turn] += len(span)
+    return ends == [len(range(turn, length, step)) for turn in range(step)]
