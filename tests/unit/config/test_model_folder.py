@@ -180,6 +180,7 @@ def test_yarn_is_for_deepseek_v3(check):
 
 def test_a_table_of_rotations_is_cut_into_equal_parts(check):
     deepseek = {"model_type": "deepseek_v3", "architectures": None, "n_routed_experts": 4}
+    deepseek |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     deepseek["rope_scaling"] = {"type": "yarn", "original_max_position_embeddings": 4096}
     assert check("parallel.cp=4", **deepseek) == []
     (problem,) = check("parallel.cp=3", **deepseek)
