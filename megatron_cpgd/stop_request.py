@@ -109,6 +109,8 @@ def _watch(
             if number in STOP_SIGNALS:
                 stop.signal = signal.Signals(number)
                 stop.asked = True
+    # The interpreter gives up its handlers at its end, when the kernel may still know this thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
     if stop.has_work and left.wait(within_s):
         return

@@ -85,21 +85,28 @@ fi
 time_limit=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
 time_limit=$(date -d "$time_limit" +%s 2>/dev/null || echo 9999999999) # Unknown: there is none
 
-"${preflight[@]}" || {
-  echo "${0##*/}: a node fails the preflight above; nothing was started" >&2
-  exit 1
+# Run a step. Slurm signals its tasks itself. A USR1 for this script (--signal=B:USR1@..., scancel
+# --batch) is passed on; ranks take a second one for the same.
+run() {
+  local child code=0
+  "$@" &
+  child=$!
+  # shellcheck disable=SC2064 # the child of now
+  trap "kill -USR1 $child 2>/dev/null || true" USR1
+  while :; do
+    wait "$child" && code=0 || code=$?
+    kill -0 "$child" 2>/dev/null || return "$code" # else `wait` was interrupted by the trap
+  done
 }
 
-# Slurm signals the ranks itself. A USR1 for this script (--signal=B:USR1@..., scancel --batch) is
-# passed on; ranks take a second one for the same.
-"${train[@]}" &
-steps=$!
-trap 'kill -USR1 "$steps" 2>/dev/null || true' USR1
 code=0
-while :; do
-  wait "$steps" && code=0 || code=$?
-  kill -0 "$steps" 2>/dev/null || break # else `wait` was interrupted by the trap
-done
+run "${preflight[@]}" || code=$?
+if [[ $code == 0 ]]; then
+  run "${train[@]}" || code=$?
+elif [[ $code != 138 ]]; then
+  echo "${0##*/}: a node fails the preflight above; nothing was started" >&2
+  exit 1
+fi
 trap - USR1
 
 # A rank 0 that was killed has left the engine's weights in the memory of this node, the first.
