@@ -44,13 +44,18 @@ class BatchQueue:
 
     def take(self, step: int, timer: StepTimer) -> ScoredBatch:
         """The batch of a step; the engine holds the weights after the step before."""
+        self.fill(step, timer)
+        batch = self._batches.popleft()
+        if self._thread:
+            waiting = min(self._staleness, self._last_step - step)
+            self._ahead = self._thread.submit(self._fill_ahead, waiting, step - 1)
+        return batch
+
+    def fill(self, step: int, timer: StepTimer) -> None:
+        """Sample all that `take` has to wait for."""
         assert self._ahead is None, "finish the sampling of the step before"
         waiting = min(self._staleness, self._last_step - step)
         self._fill(1 if self._thread else 1 + waiting, step - 1, timer)
-        batch = self._batches.popleft()
-        if self._thread:
-            self._ahead = self._thread.submit(self._fill_ahead, waiting, step - 1)
-        return batch
 
     def finish(self, timer: StepTimer) -> dict[str, float]:
         """Wait for what is sampled in the background; the engine may then get other weights.
@@ -79,6 +84,15 @@ class BatchQueue:
         timer = StepTimer()
         self._fill(count, version, timer)
         return timer.finish_step()["time/total_s"]
+
+    @property
+    def waiting(self) -> tuple[ScoredBatch, ...]:
+        """The batches of the next steps."""
+        return tuple(self._batches)
+
+    @waiting.setter
+    def waiting(self, batches: tuple[ScoredBatch, ...]) -> None:
+        self._batches = deque(batches)
 
     def clear(self) -> None:
         """Forget the waiting batches; their prompts are not drawn again."""

@@ -4,6 +4,9 @@ USER_ERROR = 2
 """Exit code of the command line for a UserError."""
 RUN_ERROR = 3
 """Exit code of the command line for a RunError."""
+STOPPED = 200
+"""Exit code of the command line for a RunStopped since whose start a checkpoint was written: the
+same command gets further. No other program has it by chance."""
 
 
 class UserError(ValueError):
@@ -24,6 +27,10 @@ class ConversionError(UserError):
 
 class RunError(RuntimeError):
     """The run cannot go on, by no defect of this code: only the message is shown, exit code 3."""
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and can be resumed; the log says from where."""
 
 
 class RolloutError(RunError):

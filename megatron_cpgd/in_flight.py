@@ -84,6 +84,12 @@ class InFlight:
         for (group, i), rollout, [piece] in zip(unfinished, known, pieces, strict=True):
             group.rollouts[i] = join(rollout, piece) if rollout else piece
 
+    def copy_groups(self) -> list[OpenGroup]:
+        """The groups as they are now; what is sampled later does not change them."""
+        return [
+            msgspec.structs.replace(group, rollouts=list(group.rollouts)) for group in self.groups
+        ]
+
     def files(self) -> dict[str, bytes]:
         """What a checkpoint has to hold for `load`, by file name."""
         return {FILE: msgspec.msgpack.encode(self.groups)} if self.groups else {}

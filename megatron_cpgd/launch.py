@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_cpgd.errors import RUN_ERROR, USER_ERROR
+from megatron_cpgd.errors import RUN_ERROR, STOPPED, USER_ERROR
+from megatron_cpgd.stop_request import STOP_SIGNALS
 
-TERMINATE_GRACE_S = 10.0
-"""Time for a rank to end after SIGTERM when another one has failed."""
 FORWARD_GRACE_S = 60.0
 """Time for the ranks to end after a signal that was sent to the launcher."""
 RANK_0_GRACE_S = 3.0
@@ -41,20 +40,24 @@ class _Rank:
     """Where this run begins in a log that an earlier one has left."""
 
 
-def launch_ranks(argv: list[str], world_size: int, log_dir: Path) -> int:
+def launch_ranks(
+    argv: list[str], world_size: int, log_dir: Path, *, stop_within_s: float = 0.0
+) -> int:
     """Run a command `world_size` times on this machine, once for each rank, and wait for all.
 
     Rank 0 inherits the terminal; rank N appends its output to `log_dir/rank_N.log`, whose end is
     shown if it fails, unless rank 0 has given the reason itself (USER_ERROR, RUN_ERROR). Every rank
-    dies with this process. SIGTERM and SIGINT are forwarded. Call it from the main thread.
+    dies with this process. SIGINT and STOP_SIGNALS are forwarded. Call it from the main thread.
 
     Args:
         argv: the command, program first; it finds its place in RANK, LOCAL_RANK, WORLD_SIZE,
             LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+        stop_within_s: how much longer than FORWARD_GRACE_S ranks may take after STOP_SIGNALS.
 
     Returns:
         0 if all ranks succeeded, else the exit code of the first that failed: 128 + n for a rank
-        killed by signal n, and for a signal n that was forwarded.
+        killed by signal n. After a signal n that was forwarded: STOPPED if a rank says so, else
+        128 + n.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     environment = _environment(world_size)
@@ -64,7 +67,7 @@ def launch_ranks(argv: list[str], world_size: int, log_dir: Path) -> int:
         for rank in range(world_size):
             if not received:
                 ranks.append(_start(argv, rank, environment, log_dir))
-        return _wait(ranks, received)
+        return _wait(ranks, received, stop_within_s)
 
 
 def _environment(world_size: int) -> dict[str, str]:
@@ -118,7 +121,7 @@ def _die_with_parent() -> Callable[[], None]:
 
 @contextmanager
 def _forwarded_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
-    """Passes SIGINT and SIGTERM on to the ranks; yields the list of those that came."""
+    """Passes signals on to the ranks; yields the list of those that came."""
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -127,9 +130,7 @@ def _forwarded_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, *STOP_SIGNALS)}
     try:
         yield received
     finally:
@@ -137,14 +138,15 @@ def _forwarded_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[_Rank], received: list[int]) -> int:
-    deadline = None
+def _wait(ranks: list[_Rank], received: list[int], stop_within_s: float) -> int:
+    first_came = None
     while True:
         codes = [rank.process.poll() for rank in ranks]
         if received:
-            deadline = deadline or time.monotonic() + FORWARD_GRACE_S
-            if None not in codes or time.monotonic() > deadline:
-                return 128 + received[0]
+            first_came = first_came or time.monotonic()
+            limit = FORWARD_GRACE_S + (0.0 if signal.SIGINT in received else stop_within_s)
+            if None not in codes or time.monotonic() > first_came + limit:
+                return STOPPED if STOPPED in codes else 128 + received[0]
         else:
             if any(codes):
                 return _explain(ranks)
@@ -170,17 +172,12 @@ def _explain(ranks: list[_Rank]) -> int:
 
 
 def _stop(ranks: list[_Rank]) -> None:
-    """End the ranks that still run: SIGTERM, a while to clean up, SIGKILL with their children."""
+    """Kill the ranks that still run, with their children: one has failed, the others hang."""
     alive = [rank.process for rank in ranks if rank.process.poll() is None]
     for process in alive:
-        process.terminate()
-    deadline = time.monotonic() + TERMINATE_GRACE_S
+        os.killpg(process.pid, signal.SIGKILL)
     for process in alive:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def _exit_code(rank: _Rank) -> int:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
@@ -24,6 +23,7 @@ from megatron_cpgd.policy.transformer_config import build_transformer_config, to
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
 from megatron_cpgd.stability.detector import CollapseDetector
+from megatron_cpgd.stop_request import StopRequest
 from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
@@ -47,13 +47,15 @@ class Run:
     folder: RunFolder
     policy: Policy
     table: WeightTable
-    arena: TensorFile
+    arena: TensorFile | None
+    """None on ranks that do not share rank 0's host."""
     done: int
     """Steps that are finished."""
     bad_steps: int
     """Optimizer steps in a row that were skipped."""
     roll_backs: int
     """How often the run has gone back to an earlier checkpoint."""
+    stop: StopRequest
     prompts: Prompts | None = None
     sampler: Sampler | None = None
     batches: BatchQueue | None = None
@@ -62,14 +64,16 @@ class Run:
 
 
 @contextmanager
-def start_run(config: ExperimentConfig, engine: RolloutEngine | None = None) -> Iterator[Run]:
+def start_run(
+    config: ExperimentConfig, engine: RolloutEngine | None = None, stop: StopRequest | None = None
+) -> Iterator[Run]:
     """Build the run, or continue the one in run.dir. Collective: every rank calls it.
 
     Args:
         engine: rank 0's, see `train.train`.
+        stop: see `train.train`.
     """
     rank = int(os.environ["RANK"])
-    _require_one_host()
     folder = RunFolder(config.run.dir)
     with ExitStack() as stack:
         # The others wait in join_world, so that a mistake of the user is reported by rank 0 alone.
@@ -85,13 +89,15 @@ def start_run(config: ExperimentConfig, engine: RolloutEngine | None = None) -> 
         table = weight_table(checkpoint.config)
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
-        arena = open_arena(table, rollout_dtype(config.precision.rollout or config.precision.train))
-        stack.callback(remove_arena, arena)
+        dtype = rollout_dtype(config.precision.rollout or config.precision.train)
+        arena = open_arena(table, dtype, beside_rank_0=info.beside_rank_0)
+        if arena:
+            stack.callback(remove_arena, arena)
         state = _resume(policy, folder)
         run = Run(
             config=config, folder=folder, policy=policy, table=table, arena=arena,
             done=state["step"], bad_steps=state["bad_steps"], roll_backs=state["roll_backs"],
-            prompts=prompts, sampler=sampler,
+            stop=stop or StopRequest(), prompts=prompts, sampler=sampler,
         )  # fmt: skip
         if prompts:
             _restore_rank_0(run, state, stack)
@@ -124,6 +130,7 @@ def save(run: Run, step: int) -> None:
 
 def publish(run: Run, step: int) -> None:
     """From now on the same command resumes behind `step`, whose row and files are complete."""
+    run.stop.advanced = True
     if run.detector:  # rank 0
         point_latest_to(run.folder, step)
         _remove_old(run.folder, run.config.checkpoint.keep, run.detector.earliest_onset(step))
@@ -147,12 +154,13 @@ def export(run: Run, step: int) -> None:
             overwrite=True,  # what an interrupted run exported behind its last checkpoint
         )
     dist.barrier()
-    writer = writer or HfWriter.attach(target)
-    run.policy.write_weights(writer.view)
-    if run.policy.info.rank == 0:
+    if writer is None and run.policy.info.beside_rank_0:
+        writer = HfWriter.attach(target)
+    run.policy.write_weights(writer.view if writer else None)
+    if writer and run.policy.info.rank == 0:
         writer.commit()
         logger.info("exported step %d to %s", step, target)
-    else:
+    elif writer:
         writer.close()
 
 
@@ -201,21 +209,12 @@ def _longest_wait(config: ExperimentConfig) -> timedelta:
     return timedelta(seconds=engine, hours=batches)
 
 
-def _require_one_host() -> None:
-    world, local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
-    if local is not None and local != world:
-        raise ConfigError(
-            f"WORLD_SIZE={world} but LOCAL_WORLD_SIZE={local}: this version runs on one host, "
-            "since the weights reach the engine through its shared memory; make parallel.* smaller"
-        )
-
-
 def _resume(policy: Policy, folder: RunFolder) -> dict[str, Any]:
     """Load the newest checkpoint, if there is one; returns its trainer state."""
-    latest = folder.checkpoints / "latest"
-    if not latest.exists():
+    latest = folder.latest()
+    if latest is None:
         return {"step": 0, "bad_steps": 0, "roll_backs": 0}
-    path = folder.checkpoints / latest.read_text().strip()
+    path = folder.checkpoints / latest
     state = policy.load(path)
     logger.info("resumed from %s", path)
     return state

@@ -26,9 +26,11 @@ from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.guard import ROLLED_BACK_TO, guard
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.share import share_sequences
+from megatron_cpgd.preemption import next_batch
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
+from megatron_cpgd.stop_request import StopRequest
 from megatron_cpgd.tracking.report import print_report
 from megatron_cpgd.tracking.rollout_log import write_rollouts
 from megatron_cpgd.tracking.timer import StepTimer
@@ -36,7 +38,11 @@ from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync.sync import sync_weights
 
 
-def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None:
+def train(
+    config: ExperimentConfig,
+    engine: RolloutEngine | None = None,
+    stop: StopRequest | None = None,
+) -> None:
     """Train until run.steps, from where run.dir stands. Every rank runs this function.
 
     Rank 0 alone samples and scores; all other work is collective.
@@ -45,15 +51,19 @@ def train(config: ExperimentConfig, engine: RolloutEngine | None = None) -> None
         engine: rank 0's, started on `model.path` and left running; None starts one for this run.
             With `policy.parallel.join_world` before it, and a `ReusedEngine`, one process can do
             many runs.
+        stop: looked at before every step.
+
+    Raises:
+        RunStopped: on every rank, rank 0 was asked to stop.
     """
-    with start_run(config, engine) as run:
+    with start_run(config, engine, stop) as run:
         engine = run.sampler.engine if run.sampler else None
         sync_weights(run.policy, engine, run.arena, version=run.done)
         if run.done == 0:
             log_step(run, 0, _evaluate(run, 0))
         timer = StepTimer()
         for step in range(run.done + 1, config.run.steps + 1):
-            batch = run.batches.take(step, timer) if run.batches else None
+            batch = next_batch(run, step, timer)  # a run that is asked to stop ends here, saved
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's

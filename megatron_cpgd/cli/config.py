@@ -15,12 +15,19 @@ def add_parser(commands: Commands) -> None:
         description="Checks a configuration and prints it with every default filled in.",
     )
     add_config_arguments(parser, required=False)
-    parser.add_argument("--schema", action="store_true", help="print every setting that exists")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--schema", action="store_true", help="print every setting that exists")
+    what.add_argument(
+        "--changed", action="store_true", help="print only what differs from the defaults"
+    )
+    what.add_argument(
+        "--ranks", action="store_true", help="print only the number of trainer processes"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print YAML, or with --schema the reference of all settings in Markdown."""
+    """Print YAML or a part of it, or with --schema the reference of all settings in Markdown."""
     if arguments.schema:
         from megatron_cpgd.config.reference import format_reference
 
@@ -30,5 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("give a YAML file, or --schema for the list of all settings")
     from megatron_cpgd.config.load import format_config, load_config
 
-    sys.stdout.write(format_config(load_config(arguments.config, arguments.overrides)))
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.ranks:
+        sys.stdout.write(f"{config.parallel.world_size}\n")
+    else:
+        sys.stdout.write(format_config(config, only_changed=arguments.changed))
     return 0

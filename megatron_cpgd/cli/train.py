@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import USER_ERROR, ConfigError
+from megatron_cpgd.errors import USER_ERROR, ConfigError, RunStopped
+from megatron_cpgd.stop_request import stop_on_signals
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,8 +18,9 @@ def add_parser(commands: Commands) -> None:
         "train",
         help="train a policy, or resume it",
         description=(
-            "Trains, or resumes what is in run.dir. Starts the ranks of one machine itself; under "
-            "torchrun, which sets RANK, it runs as that rank."
+            "Trains, or resumes what is in run.dir. Starts the ranks of one machine itself; as a "
+            "task of srun or torchrun it runs as that rank. SIGUSR1 and SIGTERM save and stop the "
+            "run; exit code 200 says that the same command goes on from there."
         ),
     )
     add_config_arguments(parser, required=True)
@@ -28,8 +30,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run as the rank that RANK names, or start all ranks on this machine."""
     from megatron_cpgd.config.load import load_config
+    from megatron_cpgd.slurm import adopt_step
     from megatron_cpgd.tracking.run_folder import RunFolder
 
+    adopt_step(os.environ)
     config = load_config(arguments.config, arguments.overrides)
     folder, rank = RunFolder(config.run.dir), os.environ.get("RANK")
     if rank in (None, "0"):  # rank 0 will write config.yaml: the others would race with it
@@ -40,17 +44,27 @@ def run(arguments: argparse.Namespace) -> int:
 
             print_report(folder)
         return 0
+    stop_within_s = config.checkpoint.stop_within_s
     if rank is not None:
-        from megatron_cpgd.train import train
+        with stop_on_signals(stop_within_s) as stop:
+            from megatron_cpgd.train import train
 
-        train(config)
+            try:
+                train(config, stop=stop)
+            except RunStopped:
+                return stop.exit_code
         return 0
     from megatron_cpgd.launch import launch_ranks
     from megatron_cpgd.weight_sync.shared_memory import remove_stale_arenas
 
     command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
     existed = folder.dir.exists()
-    code = launch_ranks([*command, *arguments.overrides], config.parallel.world_size, folder.logs)
+    code = launch_ranks(
+        [*command, *arguments.overrides],
+        config.parallel.world_size,
+        folder.logs,
+        stop_within_s=stop_within_s,
+    )
     if code == USER_ERROR and not existed and not _has_rows(folder.metrics):
         shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs
     remove_stale_arenas()  # of a rank 0 that was killed

@@ -59,9 +59,9 @@ def save_config(config: ExperimentConfig, path: Path) -> None:
     write_text_atomic(path, format_config(config))
 
 
-def format_config(config: ExperimentConfig) -> str:
-    """The YAML that `save_config` writes."""
-    return format_yaml(config.model_dump(mode="json"))
+def format_config(config: ExperimentConfig, *, only_changed: bool = False) -> str:
+    """The YAML that `save_config` writes, or only what differs from the defaults."""
+    return format_yaml(config.model_dump(mode="json", exclude_defaults=only_changed))
 
 
 def _refuse(path: Path, problems: list[str], cause: Exception | None = None) -> None:

@@ -264,6 +264,9 @@ class CheckpointConfig(Config):
     """Newest checkpoints to keep."""
     export_every: int | None = Field(None, ge=1)
     """Steps between Hugging Face exports; the last step is always exported."""
+    stop_within_s: Seconds = 540.0
+    """After SIGUSR1 or SIGTERM: longest time to end the step and save it; a step that takes longer
+    is given up. Under Slurm it must be less than the notice, `--signal=USR1@600`."""
 
 
 class TrackingConfig(Config):

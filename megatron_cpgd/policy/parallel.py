@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_cpgd.config.schema import ParallelConfig
+from megatron_cpgd.slurm import host_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +32,14 @@ class ParallelInfo:
     ep_size: int
     etp_rank: int
     etp_size: int
-    expert_replica_rank: int
-    """Index among the ranks that hold the same experts."""
-    expert_replica_size: int
     sequence_parallel: bool
+    hosts: tuple[str, ...]
+    """Of every rank."""
 
     @property
-    def replica_rank(self) -> int:
-        """Index among the dp * cp ranks that hold the same parameters."""
-        return self.dp_rank * self.cp_size + self.cp_rank
+    def beside_rank_0(self) -> bool:
+        """Whether this rank and rank 0 share a host, and so the memory that the engine reads."""
+        return self.hosts[self.rank] == self.hosts[0]
 
     @property
     def replica_size(self) -> int:
@@ -117,7 +117,9 @@ def _groups_fit(config: ParallelConfig) -> bool:
 
 
 def parallel_info(config: ParallelConfig) -> ParallelInfo:
-    """This rank's place in the groups that exist."""
+    """This rank's place in the groups that exist. Collective over the world."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, host_name())
     return ParallelInfo(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -134,7 +136,6 @@ def parallel_info(config: ParallelConfig) -> ParallelInfo:
         ep_size=config.ep,
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         etp_size=config.etp,
-        expert_replica_rank=parallel_state.get_expert_data_parallel_rank(),
-        expert_replica_size=parallel_state.get_expert_data_parallel_world_size(),
         sequence_parallel=config.sequence_parallel and config.tp > 1,
+        hosts=tuple(hosts),
     )

@@ -241,8 +241,12 @@ class Policy:
         assert self._routing is not None, "routes, but algorithm.routing_replay is none"
         return self._routing.replaying(sequences, backward=backward)
 
-    def write_weights(self, view: Callable[[str], Tensor]) -> None:
-        """Write the model into full Hugging Face tensors; on return all ranks have written."""
+    def write_weights(self, view: Callable[[str], Tensor] | None) -> None:
+        """Write the model into full Hugging Face tensors; on return all ranks have written.
+
+        Args:
+            view: None on ranks that do not share rank 0's host.
+        """
         write_hf_weights(self._chunks, self._table, self.info, view)
 
     def save(

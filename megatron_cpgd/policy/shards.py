@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cpgd.policy import device
+from megatron_cpgd.policy.delivery import receive_pieces, receiver_of, send_pieces, senders_to
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
-from megatron_cpgd.weights.table import Entry, Index, WeightTable, export_tensor, import_tensor
+from megatron_cpgd.weights.table import (
+    Entry,
+    Index,
+    WeightTable,
+    export_boxes,
+    export_tensor,
+    import_tensor,
+)
 
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
 """What comes before the index of an expert: one module per expert, or one grouped module."""
@@ -58,29 +67,63 @@ def write_hf_weights(
     chunks: list[Any],
     table: WeightTable,
     info: ParallelInfo,
-    view: Callable[[str], Tensor],
+    view: Callable[[str], Tensor] | None,
 ) -> None:
     """Write the model into the full HF tensors that `view` maps by name. Collective over the world.
 
-    Ranks write disjoint parts; those that hold the same shard take turns. On return every rank has
+    Ranks write disjoint parts; those that hold the same shard take turns. Ranks on other hosts than
+    rank 0 write only what no rank beside it holds: they send it there. On return every rank has
     written, and the count of elements proves that each tensor was written once and whole.
+
+    Args:
+        view: None on ranks that do not share rank 0's host.
 
     Raises:
         ConversionError: on every rank, naming the tensors that were not.
     """
     index = {name: i for i, name in enumerate(table.hf_shapes)}
     written = torch.zeros(len(index), dtype=torch.int64, device=device.current())
-    for i, (name, tensor) in enumerate(iter_weights(chunks, info)):
-        entry = table.entry(name)
-        turn, replicas = info.replica_rank, info.replica_size
-        if entry.expert:
-            turn, replicas = info.expert_replica_rank, info.expert_replica_size
-        if i % replicas == turn:
+    own = _own_weights(chunks, table, info)
+    if view is None:
+        send_pieces(
+            (
+                (box.hf, box.hf_index, tensor[box.local_index])
+                for entry, tensor in own
+                for box in export_boxes(entry, tensor, **_cut(entry, info))
+            ),
+            receiver_of(info),
+        )
+    else:
+        for entry, tensor in own:
             counts = export_tensor(entry, tensor, view, **_cut(entry, info))
             for hf_name, elements in counts.items():
                 written[index[hf_name]] += elements
+        for sender in senders_to(info):
+            for hf_name, place, values in receive_pieces(sender):
+                view(hf_name)[place].copy_(values)
+                written[index[hf_name]] += values.numel()
     dist.all_reduce(written)
     table.check_written(dict(zip(index, written.tolist(), strict=True)))
+
+
+def _own_weights(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo
+) -> Iterator[tuple[Entry, Tensor]]:
+    """Those that it is this rank's turn to write, among the ranks that hold the same shard."""
+    turn = _turn(parallel_state.get_data_parallel_group(with_context_parallel=True), info)
+    expert_turn = _turn(parallel_state.get_expert_data_parallel_group(), info)
+    for i, (name, tensor) in enumerate(iter_weights(chunks, info)):
+        entry = table.entry(name)
+        mine, writers = expert_turn if entry.expert else turn
+        if i % writers == mine:
+            yield entry, tensor
+
+
+def _turn(replicas: Any, info: ParallelInfo) -> tuple[int | None, int]:
+    """This rank's place among those that write their common shard, and how many they are."""
+    ranks = dist.get_process_group_ranks(replicas)
+    writers = [rank for rank in ranks if info.hosts[rank] == info.hosts[0]] or ranks
+    return writers.index(info.rank) if info.rank in writers else None, len(writers)
 
 
 def _persistent_buffers(chunk: Any) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,7 @@ def prepare_worker() -> None:
     """Make this process the first to go, in both senses."""
     # The pool's own handler runs in Python, where a worker stuck in C never arrives.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see stop_request.py
     # A hostile expression may eat all memory: the kernel shall kill the worker, not the trainer.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -105,6 +105,8 @@ class VllmEngine:
         address = f"ipc://{self._directory.name}/socket"
         self._channel.bind(address)
         self._ready = False
+        self._busy = False
+        """Whether a request has no answer yet."""
         self._process = self._start(
             Launch(
                 address=address,
@@ -187,7 +189,7 @@ class VllmEngine:
     def _close(self) -> None:
         if self._context.closed:
             return
-        if self._ready and self._process.poll() is None:
+        if self._ready and not self._busy and self._process.poll() is None:
             self._send(Close())
             try:
                 self._process.wait(CLOSE_GRACE_S)
@@ -202,6 +204,7 @@ class VllmEngine:
             if self._context.closed:
                 raise RolloutError(f"{what}: the engine was closed")
             self._wait_ready()
+            self._busy = True
             self._send(request)
             return self._receive(kind, self._step_timeout_s, what)
 
@@ -226,6 +229,7 @@ class VllmEngine:
                     f"last lines of its log:\n{self._log_tail()}"
                 )
         answer = msgspec.msgpack.decode(self._channel.recv(), type=Response)
+        self._busy = False
         if isinstance(answer, Failed):
             raise {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}[
                 answer.kind

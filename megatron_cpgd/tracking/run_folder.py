@@ -77,11 +77,14 @@ class RunFolder:
         """Log file of a rank."""
         return self.logs / f"rank_{rank}.log"
 
+    def latest(self) -> str | None:
+        """Name of the checkpoint to resume from."""
+        file = self.checkpoints / "latest"
+        return file.read_text().strip() if file.is_file() else None
+
     def is_complete(self, steps: int) -> bool:
         """Whether the last of `steps` steps is saved and exported: there is nothing left to do."""
-        latest = self.checkpoints / "latest"
-        saved = latest.is_file() and latest.read_text().strip() == _step_name(steps)
-        return saved and self.hf(steps).is_dir()
+        return self.latest() == _step_name(steps) and self.hf(steps).is_dir()
 
     def write_versions(self) -> None:
         """Write versions.json, replacing the one of an earlier start."""

@@ -11,10 +11,12 @@ from megatron_cpgd.weights.table import WeightTable
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 
-def open_arena(table: WeightTable, dtype: torch.dtype) -> TensorFile:
-    """One file of full HF tensors, mapped by every rank of this host. Collective over the world.
+def open_arena(
+    table: WeightTable, dtype: torch.dtype, *, beside_rank_0: bool = True
+) -> TensorFile | None:
+    """One file of full HF tensors, mapped by every rank of rank 0's host; None on other hosts.
 
-    Rank 0 creates it and removes what killed runs have left.
+    Rank 0 creates it and removes what killed runs have left. Collective over the world.
     """
     path: list[str | None] = [None]
     arena = None
@@ -24,6 +26,8 @@ def open_arena(table: WeightTable, dtype: torch.dtype) -> TensorFile:
         arena = TensorFile.create(target, table.hf_tensors(dtype), {"format": "pt"})
         path = [str(target)]
     dist.broadcast_object_list(path)
+    if not beside_rank_0:
+        return None
     assert path[0] is not None
     return arena or TensorFile.open(Path(path[0]), writable=True)
 

@@ -13,7 +13,7 @@ from megatron_cpgd.weights.tensor_file import TensorFile
 class WeightWriter(Protocol):
     """The part of a policy that a sync needs."""
 
-    def write_weights(self, view: "TensorView") -> None:
+    def write_weights(self, view: "TensorView | None") -> None:
         """Write this rank's share of the full HF tensors and wait for the others."""
 
 
@@ -24,12 +24,15 @@ class TensorView(Protocol):
 
 
 def sync_weights(
-    policy: WeightWriter, engine: RolloutEngine | None, arena: TensorFile, *, version: int
+    policy: WeightWriter, engine: RolloutEngine | None, arena: TensorFile | None, *, version: int
 ) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
     Nobody writes the arena again before rank 0 broadcasts the next rollouts, and that happens
     after the engine has read it.
+
+    Args:
+        arena: None on ranks that do not share rank 0's host.
 
     Returns:
         Metrics, on rank 0.
@@ -37,9 +40,10 @@ def sync_weights(
     Raises:
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
     """
-    policy.write_weights(arena.view)
+    policy.write_weights(arena.view if arena else None)
     if engine is None:
         return {}
+    assert arena is not None
     expected = arena.digest()
     report = engine.refresh(arena.path, version)
     if report.digest != expected:

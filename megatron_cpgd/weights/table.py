@@ -290,9 +290,6 @@ def export_tensor(
 ) -> dict[str, int]:
     """Write the shard of one rank into full HF tensors, in place.
 
-    Called by all tensor-parallel ranks of one replica of the parameter, it writes every element
-    once: aliases are skipped, and replicated parameters come from rank 0.
-
     Args:
         view: gives the full HF tensor of a name: `TensorFile.view` or `HfWriter.view`.
 
@@ -300,13 +297,21 @@ def export_tensor(
         Elements written by HF name, for `WeightTable.check_written`.
     """
     written: dict[str, int] = {}
-    if entry.alias or (entry.split == "replicated" and tp_rank > 0):
-        return written
-    for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
+    for box in export_boxes(entry, local, tp_rank=tp_rank, tp_size=tp_size):
         part = local[box.local_index]
         view(box.hf)[box.hf_index].copy_(part)
         written[box.hf] = written.get(box.hf, 0) + part.numel()
     return written
+
+
+def export_boxes(entry: Entry, local: Tensor, *, tp_rank: int, tp_size: int) -> Iterator[Box]:
+    """What one rank contributes to the full HF tensors.
+
+    Over all tensor-parallel ranks of one replica of the parameter every element comes once: aliases
+    are skipped, and replicated parameters come from rank 0.
+    """
+    if not entry.alias and (entry.split != "replicated" or tp_rank == 0):
+        yield from boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape))
 
 
 def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:

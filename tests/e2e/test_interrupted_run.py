@@ -1,4 +1,4 @@
-"""A run that is killed in four ways, one after the other, and ends like an undisturbed one."""
+"""A run that is stopped, then killed in four ways, and ends like an undisturbed one."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpgd.errors import STOPPED
 from megatron_cpgd.weight_sync.shared_memory import arena_path
 from tests.helpers.full_run import Command, Finished, read_rows, run_cli
 
@@ -32,6 +33,8 @@ class InterruptedRun:
 
     yaml: Path
     dir: Path
+    stopped: Fault
+    """SIGUSR1 for the launcher, after step 1."""
     killed: Fault
     """SIGKILL for the launcher's process group, after step 3."""
     without_engine: Fault
@@ -64,6 +67,7 @@ def interrupted(complete_run, tmp_path_factory) -> InterruptedRun:
     return InterruptedRun(
         yaml=yaml,
         dir=run_dir,
+        stopped=disturb("step 1/6", lambda command: (command.pid, signal.SIGUSR1)),
         killed=disturb("step 3/6", lambda command: (-command.pid, signal.SIGKILL)),
         without_engine=disturb("step 3/6", lambda command: (command.engine(), signal.SIGKILL)),
         without_rank_1=disturb("step 5/6", lambda command: (command.rank(1), signal.SIGKILL)),
@@ -103,6 +107,18 @@ def test_sigterm_ends_everything(interrupted):
     assert interrupted.terminated.finished.code == 128 + signal.SIGTERM
     assert "Traceback" not in interrupted.terminated.finished.err
     assert not interrupted.terminated.arena_is_left
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_last_step_first(interrupted):
+    finished, last = interrupted.stopped.finished, interrupted.stopped.rows[-1]
+    assert finished.code == STOPPED, finished.err
+    assert last in (1, 2)  # 2 if the signal came after the sampling; it is saved anyway, 1 is not
+    assert f"stopped behind step {last} as asked" in finished.err
+    assert "Traceback" not in finished.err
+    assert not interrupted.stopped.arena_is_left
+    assert f"resumed from {interrupted.dir}/checkpoints/step_00000{last}" in (
+        interrupted.killed.finished.err
+    )
 
 
 def test_the_same_command_finishes_the_run(interrupted):

@@ -1,5 +1,6 @@
 """Jobs for `run_distributed` about what ranks exchange: rollouts and exported weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.policy import shards
+from megatron_cpgd.policy import delivery, shards
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
@@ -29,6 +30,25 @@ def written_job(config: ExperimentConfig) -> dict[str, Tensor]:
     tensors = {name: torch.full(s, torch.nan) for name, s in policy._table.hf_shapes.items()}
     policy.write_weights(tensors.__getitem__)
     return {name: ~tensor.isnan() for name, tensor in tensors.items()}
+
+
+def delivered_job(
+    config: ExperimentConfig, hosts: list[str], bucket_bytes: int
+) -> tuple[dict[str, Tensor], int]:
+    """What this rank writes if ranks are on these hosts, nan elsewhere; buckets that it sends."""
+    os.environ["SLURMD_NODENAME"] = hosts[dist.get_rank()]
+    policy = build_policy(config)
+    tensors = {name: torch.full(s, torch.nan) for name, s in policy._table.hf_shapes.items()}
+    view = tensors.__getitem__ if policy.info.beside_rank_0 else None
+    with (
+        patch.object(delivery, "BUCKET_BYTES", bucket_bytes),
+        patch.object(delivery, "_send", side_effect=delivery._send) as send,
+    ):
+        policy.write_weights(view)
+    assert all(
+        sum(v.nbytes for _, _, v in call.args[0]) <= bucket_bytes for call in send.mock_calls
+    )
+    return tensors, send.call_count
 
 
 def incomplete_export_job(config: ExperimentConfig, lost: str) -> str | None:

@@ -9,16 +9,17 @@ PACKAGE = Path(megatron_cpgd.__file__).parent
 ROWS = (
     {"cli", "study"},
     {"train", "evaluate"},
-    {"guard"},
+    {"guard", "preemption"},
     {"run"},
     {"batch_queue"},
     {"sampler", "weight_sync"},
     {"in_flight"},
     {"policy", "rollout", "demo"},
-    {"scored_batch"},
-    {"algorithm", "data", "weights", "rewards", "tracking", "launch"},
+    {"scored_batch", "doctor"},
+    {"algorithm", "data", "weights", "rewards", "tracking", "launch", "slurm"},
     {"stability"},
     {"config"},
+    {"stop_request"},
     {"types", "errors", "files"},
 )
 

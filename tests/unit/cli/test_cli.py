@@ -60,17 +60,22 @@ def test_train_refuses_the_folder_of_another_run(run_yaml, capsys):
 
 def test_train_starts_itself_once_for_each_rank(run_yaml, monkeypatch):
     calls = []
-    monkeypatch.setattr("megatron_cpgd.launch.launch_ranks", lambda *call: calls.append(call) or 9)
+
+    def record(*call: object, stop_within_s: float) -> int:
+        calls.append((*call, stop_within_s))
+        return 9
+
+    monkeypatch.setattr("megatron_cpgd.launch.launch_ranks", record)
     overrides = ["parallel.tp=2", "parallel.dp=2"]
     assert main(["train", str(run_yaml), *overrides]) == 9
     command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(run_yaml), *overrides]
-    assert calls == [(command, 4, run_yaml.parent / "run" / "logs")]
+    assert calls == [(command, 4, run_yaml.parent / "run" / "logs", 540.0)]
 
 
 def test_under_a_launcher_train_runs_as_that_rank(run_yaml, monkeypatch):
     trained = []
     loop = types.ModuleType("megatron_cpgd.train")
-    loop.train = trained.append
+    loop.train = lambda config, stop: trained.append(config)
     monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -142,11 +147,11 @@ def test_a_defect_shows_its_traceback_and_exits_with_1(tmp_path):
 
 
 def test_a_run_that_cannot_go_on_shows_its_message_and_exits_with_3(run_yaml, monkeypatch, capsys):
-    def stop(_: object) -> None:
+    def fail(*_: object, stop: object) -> None:
         raise RolloutError("the engine is gone")
 
     loop = types.ModuleType("megatron_cpgd.train")
-    loop.train = stop
+    loop.train = fail
     monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
     monkeypatch.setenv("RANK", "0")
     assert main(["train", str(run_yaml)]) == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpgd import launch
+from megatron_cpgd.errors import STOPPED
 from megatron_cpgd.launch import launch_ranks
 
 LAUNCHER = """
@@ -126,8 +127,7 @@ def test_a_rank_that_fails_alone_is_shown_although_it_explains_itself(
     assert "| the reason" in capfd.readouterr().err
 
 
-def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, rank_program, monkeypatch):
-    monkeypatch.setattr(launch, "TERMINATE_GRACE_S", 0.5)
+def test_a_rank_that_ignores_sigterm_does_not_outlive_another_that_failed(tmp_path, rank_program):
     argv = rank_program(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + MARK + "if rank == 1:\n"
         "    while not (folder / 'pid_0').exists(): time.sleep(0.01)\n"
@@ -166,7 +166,9 @@ def launcher(tmp_path, rank_program):
         process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_is_forwarded_so_that_ranks_can_clean_up(launcher, tmp_path, number, code):
     process, pids = launcher(
         "def stop(number, _):\n"
@@ -178,6 +180,16 @@ def test_a_signal_is_forwarded_so_that_ranks_can_clean_up(launcher, tmp_path, nu
     for rank, pid in enumerate(pids):
         assert (tmp_path / f"clean_{rank}").read_text() == str(int(number))
         wait_until_gone(pid)
+
+
+def test_the_exit_code_says_that_ranks_have_stopped_as_asked(launcher):
+    process, _ = launcher(
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(200 * (rank == 1)))\n"
+        + MARK
+        + "time.sleep(60)"
+    )
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == STOPPED == 200
 
 
 def test_ranks_die_with_a_launcher_that_was_killed(launcher):
