@@ -7,7 +7,7 @@ export GLOO_SOCKET_IFNAME ?= lo
 # Python compiles torch and vllm once here instead of in each of many processes.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo demo-moe test test-all lint clean
+.PHONY: demo demo-moe test test-all test-slurm lint clean
 
 demo: $(BIN)/.synced
 	$(BIN)/python tools/demo.py $(ARGS)
@@ -21,6 +21,16 @@ test: $(BIN)/.synced
 # The default suite and what takes minutes: tensor-parallel engines.
 test-all: $(BIN)/.synced
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# The scripts in slurm/ on a Slurm that the tests start themselves, in a temporary folder and on free
+# ports. Where Slurm's programs are missing, root on Debian gets the packages slurmctld, slurmd,
+# slurm-client and munge installed, services included as always; elsewhere the tests are skipped.
+test-slurm: $(BIN)/.synced
+	@if [ ! -x /usr/sbin/slurmctld ] && ! command -v slurmctld >/dev/null \
+	  && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
+	    --no-install-recommends slurmctld slurmd slurm-client munge; fi
+	$(BIN)/python -m pytest tests/e2e/test_slurm.py -m slurm $(ARGS)
 
 lint: $(BIN)/.synced
 	$(BIN)/ruff check

@@ -1,0 +1,169 @@
+"""slurm/train_cpgd.sh on a real Slurm of this machine: ranks by srun, preemption, two hosts."""
+
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.full_run import ROOT, read_rows, settings, write_yaml
+from tests.helpers.slurm_cluster import Job, SlurmCluster, missing_programs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no Slurm: {', '.join(missing_programs())} not found; `make test-slurm` says more",
+    ),
+]
+SCRIPT = ROOT / "slurm" / "train_cpgd.sh"
+WEIGHTS = "hf/step_000006/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with SlurmCluster(nodes=2) as cluster:
+        yield cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job that has ended, and the run it was about."""
+
+    details: dict[str, str]
+    log: str
+    dir: Path
+
+
+@pytest.fixture(scope="module")
+def submit(cluster, assets, tmp_path_factory):
+    """Submits a run of two pipeline stages; its paths have spaces."""
+
+    def start(name: str, *options: str) -> tuple[Job, Path]:
+        folder = tmp_path_factory.mktemp(f"{name} ")
+        content = settings(assets) | {"parallel": {"pp": 2}}
+        content["run"]["dir"] = str(folder / "the run")
+        yaml = write_yaml(folder / "a run.yaml", content)
+        return cluster.submit(*options, SCRIPT, yaml, folder=folder), folder / "the run"
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submit) -> Ended:
+    job, folder = submit("undisturbed")
+    return Ended(job.wait(), job.log, folder)
+
+
+@pytest.fixture(scope="module")
+def preempted(cluster, submit) -> Ended:
+    job, folder = submit("preempted")
+    job.wait_for_log("0 FAIL")  # the preflight; the ranks start
+    job.wait_until(lambda: find_rank(job.number, 0) is not None, "rank 0")
+    cluster.run("scancel", "--signal=USR1", job.number)
+    job.wait_for_log("step 3/6")
+    cluster.run("scancel", "--signal=USR1", job.number)
+    return Ended(job.wait(), job.log, folder)
+
+
+@pytest.fixture(scope="module")
+def on_two_nodes(submit) -> Ended:
+    if os.getuid() != 0:
+        pytest.skip("only root can give each node a /dev/shm of its own")
+    job, folder = submit("on_two_nodes", "--nodes=2")
+    return Ended(job.wait(), job.log, folder)
+
+
+def assert_same_run(expected: Path, actual: Path) -> None:
+    assert (expected / WEIGHTS).read_bytes() == (actual / WEIGHTS).read_bytes()
+    for left, right in zip(
+        read_rows(expected / "metrics.jsonl"), read_rows(actual / "metrics.jsonl"), strict=True
+    ):
+        same = {name for name in left if not name.startswith(("time/", "perf/"))}
+        assert {name: left[name] for name in same} == {name: right[name] for name in same}
+
+
+def test_a_submitted_run_finishes(undisturbed):
+    assert undisturbed.details["JobState"] == "COMPLETED", undisturbed.log
+    assert "0 FAIL" in undisturbed.log  # the preflight
+    assert "0: step 6/6" in undisturbed.log
+    assert (undisturbed.dir / "logs" / "rank_1.log").is_file()
+
+
+def test_a_preempted_job_is_requeued_and_ends_with_the_same_weights(undisturbed, preempted):
+    assert preempted.details["JobState"] == "COMPLETED", preempted.log
+    assert preempted.details["Restarts"] == "2"  # before the first step, and in the middle
+    [stopped] = re.findall(r"stopped behind step (\d) as asked", preempted.log)
+    assert int(stopped) in (3, 4)
+    assert preempted.log.count("goes back into the queue") == 2
+    assert f"resumed from {preempted.dir}/checkpoints/step_00000{stopped}" in preempted.log
+    assert f"0: step {stopped}/6" in preempted.log.partition("as asked")[0]
+    assert f"0: step {stopped}/6" not in preempted.log.partition("as asked")[2]
+    assert_same_run(undisturbed.dir, preempted.dir)
+
+
+def test_two_hosts_without_common_memory_train_the_same_run(undisturbed, on_two_nodes):
+    assert on_two_nodes.details["JobState"] == "COMPLETED", on_two_nodes.log
+    assert on_two_nodes.details["NumNodes"] == "2"
+    assert "nodes: 2 reach node1:" in on_two_nodes.log
+    assert re.search(r"answers, clocks differ by [01]\.", on_two_nodes.log)
+    assert_same_run(undisturbed.dir, on_two_nodes.dir)
+
+
+def test_a_killed_rank_ends_the_job_which_is_not_requeued(submit):
+    job, _ = submit("killed")
+    job.wait_for_log("step 1/6")
+    rank_1 = find_rank(job.number, 1)
+    assert rank_1 is not None
+    os.kill(rank_1, signal.SIGKILL)
+    start = time.monotonic()
+    details = job.wait()
+    assert time.monotonic() - start < 60
+    assert (details["JobState"], details["Restarts"]) == ("FAILED", "0")
+    assert re.search(r"srun: error: node1: task 1: Killed", job.log)
+    assert "queue" not in job.log.partition("task 1: Killed")[2]
+
+
+def test_a_wrong_setting_fails_before_anything_starts(cluster, tmp_path, assets):
+    content = settings(assets) | {"run": {"dir": str(tmp_path / "run"), "steps": 0}}
+    job = cluster.submit(SCRIPT, write_yaml(tmp_path / "run.yaml", content), folder=tmp_path)
+    details = job.wait()
+    assert (details["JobState"], details["ExitCode"]) == ("FAILED", "2:0")
+    assert "run.steps: must be > 0, got 0" in job.log
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conversion_is_a_job(cluster, tmp_path, assets):
+    script = ROOT / "slurm" / "convert.sh"
+    job = cluster.submit(script, "hf-to-megatron", assets / "model", "a folder", folder=tmp_path)
+    assert job.wait()["JobState"] == "COMPLETED", job.log
+    assert (tmp_path / "a folder" / "MANIFEST.json").is_file()
+
+
+def test_a_dry_run_asks_slurm_and_submits_nothing(cluster, tmp_path, assets):
+    content = settings(assets) | {"run": {"dir": str(tmp_path / "run"), "steps": 6}}
+    yaml = write_yaml(tmp_path / "run.yaml", content)
+    before = cluster.run("squeue", "--noheader", "--states=all")
+    shown = cluster.run(SCRIPT, "--dry-run", "--nodes=2", yaml, "optim.lr=1e-3", folder=tmp_path)
+    assert "ranks: 2 on 2 node(s), 1 on each" in shown
+    assert re.search(r"Job \d+ to start at .* using 4 processors on nodes node\[1-2\]", shown)
+    assert cluster.run("squeue", "--noheader", "--states=all") == before
+    assert not (tmp_path / "run").exists()
+
+
+def find_rank(job: int, rank: int) -> int | None:
+    """Process id of a rank, if it runs."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text().replace("\0", " ")
+            environment = (process / "environ").read_text().split("\0")
+        except OSError:  # it has ended
+            continue
+        if "megatron_cpgd.cli train" in command and wanted <= set(environment):
+            return int(process.name)
+    return None

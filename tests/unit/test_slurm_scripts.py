@@ -1,0 +1,117 @@
+"""The dry run of the scripts: on a login node without Slurm, GPU or torch."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.full_run import ROOT
+from tests.helpers.valid_run import write_run
+
+
+@pytest.fixture
+def login_node(tmp_path):
+    """A Python without torch, and a PATH with what every Linux has."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "sed", "sort", "comm", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('a login node has no torch')")
+    return {"PATH": str(tools), "PYTHONPATH": str(blocked), "PYTHON": sys.executable}
+
+
+def run(script: str, *arguments: object, folder: Path, **environment: str):
+    return subprocess.run(
+        [str(ROOT / "slurm" / script), *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    return write_run(folder)
+
+
+def test_a_dry_run_shows_every_command(login_node, run_yaml, tmp_path):
+    arguments = ["--dry-run", "--nodes=2", run_yaml, "parallel.tp=4", "parallel.dp=2"]
+    result = run("train_cpgd.sh", *arguments, folder=tmp_path, **login_node)
+    assert result.returncode == 0, result.stderr
+    assert "  parallel:\n    tp: 4\n    dp: 2\n" in result.stdout
+    assert "rollout:" not in result.stdout  # nothing differs from its defaults
+    assert "ranks: 8 on 2 node(s), 4 on each" in result.stdout
+    assert '  OMP_NUM_THREADS="1"' in result.stdout
+    config = f"'{run_yaml}'"
+    root = str(ROOT)
+    assert (
+        f"  sbatch --nodes=2 {root}/slurm/train_cpgd.sh {config} parallel.tp=4 parallel.dp=2\n"
+    ) in result.stdout
+    python = f"{sys.executable} -m megatron_cpgd.cli"
+    common = "  srun --nodes=2 --label --cpu-bind=none"
+    assert f"{common} --ntasks=2 --ntasks-per-node=1 {python} doctor {config}" in result.stdout
+    assert (
+        f"{common} --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 {python} train {config}"
+    ) in result.stdout
+    assert "there is no sbatch here" in result.stdout
+    assert not (run_yaml.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("nvcr.io/x:1", "--container-image=nvcr.io/x:1 --container-mounts={root}:{root},{folder}:"),
+        ("/images/a.sif", "apptainer exec --nv --bind {root}:{root},{folder}:{folder},/data:/data"),
+    ],
+)
+def test_a_container_takes_the_place_of_the_environment(
+    login_node, run_yaml, tmp_path, image, expected
+):
+    environment = login_node | {"CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data:/data"}
+    if image.endswith(".sif"):  # it also answers the questions of the script
+        apptainer = Path(login_node["PATH"], "apptainer")
+        apptainer.write_text('#!/bin/bash\nwhile [[ $1 != *python* ]]; do shift; done; exec "$@"\n')
+        apptainer.chmod(0o755)
+    result = run("train_cpgd.sh", "--dry-run", run_yaml, folder=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert expected.format(root=ROOT, folder=tmp_path) in result.stdout
+
+
+def test_mistakes_are_the_messages_of_the_command_line(login_node, run_yaml, tmp_path):
+    wrong = run(
+        "train_cpgd.sh", "--dry-run", run_yaml, "run.steps=0", folder=tmp_path, **login_node
+    )
+    assert wrong.returncode == 2
+    assert "run.steps: must be > 0, got 0" in wrong.stderr
+    uneven = ["--dry-run", "--nodes=3", run_yaml, "parallel.tp=4"]
+    refused = run("train_cpgd.sh", *uneven, folder=tmp_path, **login_node)
+    assert refused.returncode == 2
+    assert "parallel.* need 4 ranks, which 3 nodes cannot share evenly" in refused.stderr
+
+
+def test_without_sbatch_nothing_is_started(login_node, run_yaml, tmp_path):
+    for script in ("train_cpgd.sh", "convert.sh"):
+        refused = run(script, run_yaml, folder=tmp_path, **login_node)
+        assert refused.returncode == 2
+        assert refused.stderr == f"{script}: submit it with sbatch, or give --dry-run\n"
+        usage = run(script, folder=tmp_path, **login_node)
+        assert usage.returncode == 2
+        assert "sbatch " in usage.stderr and f"slurm/{script}" in usage.stderr
+
+
+def test_the_converter_shows_its_command(login_node, tmp_path):
+    arguments = ["hf-to-megatron", "a b", "c", "--dtype", "fp32"]
+    result = run("convert.sh", "--dry-run", *arguments, folder=tmp_path, **login_node)
+    assert result.returncode == 0, result.stderr
+    command = f"{sys.executable} -m megatron_cpgd.cli convert hf-to-megatron 'a b' c --dtype fp32"
+    assert f"  srun --nodes=1 --ntasks=1 --cpu-bind=none {command}\n" in result.stdout
+
+
+def test_an_unknown_option_shows_the_usage(login_node, tmp_path):
+    result = run("train_cpgd.sh", "--dryrun", "x.yaml", folder=tmp_path, **login_node)
+    assert result.returncode == 2
+    assert "slurm/train_cpgd.sh --dry-run" in result.stderr
