@@ -1,0 +1,352 @@
+"""The whole prediction of one run: memory, seconds of a step, and whether it fits."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_cpgd.config.algorithm import BalancedClip
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.planning.activations import passes_of
+from megatron_cpgd.planning.generation import GenerationSeconds, Requests, generation_seconds
+from megatron_cpgd.planning.layout import Layout, layout_of
+from megatron_cpgd.planning.machine import Machine
+from megatron_cpgd.planning.memory import (
+    EngineMemory,
+    EngineSettings,
+    HostMemory,
+    RankMemory,
+    TrainerSettings,
+    engine_memory,
+    host_memory,
+    rank_memory,
+)
+from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.passes import Batch, PassSeconds, pass_seconds, update_seconds
+from megatron_cpgd.planning.state import BYTES
+
+RESPONSE_SHARE = 0.5
+"""Assumed mean length of a response, as a share of the longest allowed."""
+PROMPT_SHARE = 0.5
+"""The same of prompts."""
+UTILIZATION = 0.92
+"""vLLM's own default of gpu_memory_utilization (vllm/config/cache.py, 0.25)."""
+MAX_SEQUENCES = {True: 1024, False: 256}
+"""Sequences that the engine decodes together: vLLM's default on large GPUs, ours on CPU."""
+CPU_CACHE_BYTES = 256 << 20
+"""As in `CPU_ENGINE_ARGS` of rollout/vllm_requests.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a step does."""
+
+    requests: Requests
+    trainer: TrainerSettings
+    engine: EngineSettings
+    batch: Batch
+    """Of the passes with gradient, all mini-batches together."""
+    logprob_micro_tokens: int
+    forward_passes: float
+    """Passes without gradient over the whole batch, with the policy's weights."""
+    updates: int
+    """Optimizer steps."""
+    epochs: int
+    routes: bool
+
+    @property
+    def tokens(self) -> int:
+        return math.ceil(self.batch.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeconds:
+    """Of one step; evaluations, checkpoints and exports come on top."""
+
+    generate: float
+    old_logprobs: float
+    ref_logprobs: float
+    train: float
+    sync: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.generate + self.old_logprobs + self.ref_logprobs + self.train + self.sync
+            + self.other
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The prediction."""
+
+    layout: Layout
+    machine: Machine
+    workload: Workload
+    nodes: int
+    parameters: int
+    active_parameters: int
+    stages: tuple[RankMemory, ...]
+    engine: EngineMemory
+    host: HostMemory
+    seconds: StepSeconds
+    generation: GenerationSeconds
+    training: PassSeconds
+    problems: tuple[str, ...]
+    """Why it does not fit; empty: it does."""
+    warnings: tuple[str, ...]
+    train_flops: float
+    """Of the training passes of a step, nothing counted twice."""
+
+    @property
+    def worst(self) -> RankMemory:
+        """The rank that needs most, beside the engine if that stays on its GPU."""
+        return max(self.stages, key=lambda stage: stage.total + self.beside(stage.stage))
+
+    def beside(self, stage: int) -> int:
+        """Bytes of the engine on the GPUs of a stage's ranks, while the trainer works."""
+        engine = self.workload.engine
+        if engine.sleeps or not self.machine.accelerator:
+            return 0
+        per_stage = self.layout.world_size // self.layout.pp
+        return self.engine.claimed if stage * per_stage < engine.tp * engine.engines else 0
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs of the training passes over what the GPUs could do in their time."""
+        peak = self.machine.flops[self.workload.trainer.passes.precision]
+        return self.train_flops / (self.seconds.train * peak * self.layout.world_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Mean lengths that are assumed of prompts and responses."""
+
+    prompt: float
+    response: float
+
+
+def assumed_lengths(config: ExperimentConfig, response_tokens: float | None = None) -> Lengths:
+    """Shares of the limits; `response_tokens` replaces that of the responses."""
+    return Lengths(
+        prompt=PROMPT_SHARE * config.data.max_prompt_tokens,
+        response=response_tokens or RESPONSE_SHARE * config.rollout.max_response_tokens,
+    )
+
+
+def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) -> Workload:
+    """What a step of this configuration does."""
+    rollout, algorithm, batch = config.rollout, config.algorithm, config.batch
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    updates = algorithm.mini_batches * algorithm.epochs
+    # No micro-batch is larger than what a rank has of a mini-batch, nor smaller than a sequence.
+    per_rank = math.ceil(sequences / algorithm.mini_batches / config.parallel.dp) * longest
+    micro_tokens = max(min(batch.tokens_per_micro_batch, per_rank), longest)
+    forward = float(algorithm.old_policy == "trainer")
+    forward += algorithm.epochs if isinstance(algorithm.clip, BalancedClip) else 0
+    return Workload(
+        requests=Requests(
+            prompts=rollout.prompts_per_step,
+            samples=rollout.samples_per_prompt,
+            prompt_tokens=lengths.prompt,
+            response_tokens=lengths.response,
+            longest=rollout.max_response_tokens,
+        ),
+        trainer=TrainerSettings(
+            passes=passes_of(
+                config.precision.train, config.model.recompute, config.model.megatron,
+                accelerator=machine.accelerator,
+            ),
+            distributed_optimizer=config.optim.distributed,
+            micro_tokens=micro_tokens,
+            chunk_tokens=batch.logprob_chunk_tokens,
+            reference=config.reference_path is not None,
+        ),
+        engine=_engine_settings(config, machine),
+        batch=Batch(
+            tokens=sequences * (lengths.prompt + lengths.response),
+            length=lengths.prompt + lengths.response,
+            micro_tokens=batch.tokens_per_micro_batch,
+        ),
+        logprob_micro_tokens=batch.tokens_per_logprob_batch or 2 * batch.tokens_per_micro_batch,
+        forward_passes=forward,
+        updates=updates,
+        epochs=algorithm.epochs,
+        routes=algorithm.routing_replay != "none",
+    )  # fmt: skip
+
+
+def make_plan(
+    model: Model, config: ExperimentConfig, machine: Machine, lengths: Lengths,
+    *, nodes: int | None = None,
+) -> Plan:  # fmt: skip
+    """The prediction of a configuration whose own checks have passed."""
+    layout = layout_of(config.parallel, config.model.megatron)
+    return estimate(model, layout, machine, workload_of(config, machine, lengths), nodes=nodes)
+
+
+def estimate(
+    model: Model, layout: Layout, machine: Machine, workload: Workload, *, nodes: int | None = None
+) -> Plan:
+    """The prediction of a workload under a layout."""
+    trainer, engine = workload.trainer, workload.engine
+    engine_bytes = engine_memory(model, engine, machine)
+    generation = generation_seconds(model, machine, engine, engine_bytes, workload.requests)
+    training = _training(model, layout, machine, workload)
+    stages = tuple(rank_memory(model, layout, s, trainer, machine) for s in range(layout.pp))
+    plan = Plan(
+        layout=layout,
+        machine=machine,
+        workload=workload,
+        nodes=nodes or -(-layout.world_size // machine.gpus_per_node),
+        parameters=model.parameters,
+        active_parameters=model.active_parameters,
+        stages=stages,
+        engine=engine_bytes,
+        host=host_memory(
+            model, layout, trainer, engine, machine,
+            batch_tokens=workload.tokens, routes=workload.routes,
+        ),
+        seconds=_step_seconds(model, layout, machine, workload, generation, training),
+        generation=generation,
+        training=training,
+        problems=(),
+        warnings=(),
+        train_flops=workload.epochs * model.train_flops(
+            workload.batch.tokens, workload.batch.length
+        ),
+    )  # fmt: skip
+    return replace(plan, problems=tuple(_problems(plan)), warnings=tuple(_warnings(plan)))
+
+
+def _step_seconds(
+    model: Model, layout: Layout, machine: Machine, workload: Workload,
+    generation: GenerationSeconds, training: PassSeconds,
+) -> StepSeconds:  # fmt: skip
+    passes = workload.trainer.passes
+    batch = replace(workload.batch, micro_tokens=workload.logprob_micro_tokens)
+    forward = pass_seconds(model, layout, machine, passes, batch, backward=False).total
+    reference = 0.0
+    if workload.trainer.reference:
+        shard = passes.element * model.parameters / (layout.tp * layout.pp * layout.ep)
+        reference = forward + 4 * shard / machine.pcie
+    return StepSeconds(
+        generate=generation.total,
+        old_logprobs=workload.forward_passes * forward,
+        ref_logprobs=reference,
+        train=training.total,
+        sync=_sync_seconds(model, machine, workload.engine),
+        other=machine.efficiency.other_s,
+    )
+
+
+def _training(
+    model: Model, layout: Layout, machine: Machine, workload: Workload
+) -> PassSeconds:
+    """All optimizer steps of a step."""
+    passes, updates = workload.trainer.passes, workload.updates
+    batch = replace(workload.batch, tokens=workload.batch.tokens * workload.epochs / updates)
+    one = pass_seconds(model, layout, machine, passes, batch, backward=True)
+    update = update_seconds(model, layout, machine, passes)
+    return PassSeconds(
+        **{
+            name: updates * (getattr(one, name) + getattr(update, name))
+            for name in PassSeconds.__dataclass_fields__
+        }
+    )
+
+
+def _sync_seconds(model: Model, machine: Machine, engine: EngineSettings) -> float:
+    """Written to the arena by all ranks, summed by rank 0, read and summed by the engine."""
+    nbytes = BYTES[engine.precision] * model.parameters
+    seconds = nbytes / machine.efficiency.host_copy + nbytes / machine.pcie
+    return machine.efficiency.sync_factor * seconds
+
+
+def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettings:
+    given: dict[str, Any] = config.rollout.engine_args
+    cache = given.get("kv_cache_memory_bytes")
+    if cache is None and not machine.accelerator:
+        cache = CPU_CACHE_BYTES
+    return EngineSettings(
+        tp=int(given.get("tensor_parallel_size") or 1),
+        precision=config.precision.rollout or config.precision.train,
+        utilization=float(given.get("gpu_memory_utilization") or UTILIZATION),
+        max_sequences=int(given.get("max_num_seqs") or MAX_SEQUENCES[machine.accelerator]),
+        cache_bytes=int(cache) if cache is not None else None,
+    )
+
+
+def _problems(plan: Plan) -> list[str]:
+    machine, layout, engine = plan.machine, plan.layout, plan.workload.engine
+    problems = []
+    if layout.tp > machine.gpus_per_node:
+        problems.append(
+            f"parallel.tp={layout.tp} crosses nodes of {machine.gpus_per_node} GPUs; keep it inside"
+        )
+    available = plan.nodes * machine.gpus_per_node
+    if machine.accelerator and layout.world_size > available:
+        problems.append(
+            f"parallel.* needs {layout.world_size} GPUs, {plan.nodes} nodes have {available}"
+        )
+    if not machine.accelerator:
+        return problems + _cpu_problems(plan)
+    worst = plan.worst
+    needed = worst.total + plan.beside(worst.stage)
+    if needed > machine.memory:
+        beside = plan.beside(worst.stage)
+        shared = f", {gib(beside)} of them the engine's" if beside else ""
+        problems.append(
+            f"GPU memory: a rank of stage {worst.stage} needs {gib(needed)}{shared}; a GPU has "
+            f"{gib(machine.memory)}"
+        )
+    longest = plan.workload.requests.longest + plan.workload.requests.prompt_tokens
+    if plan.engine.cache_tokens < longest:
+        problems.append(
+            f"engine: with tensor_parallel_size={engine.tp} its GPU holds {gib(plan.engine.weights)} "
+            f"of weights and {plan.engine.cache_tokens} tokens of KV cache, a sequence may have "
+            f"{longest:.0f}"
+        )
+    if plan.host.total > machine.host_memory:
+        problems.append(
+            f"host memory: {gib(plan.host.total)} on the first node, which has "
+            f"{gib(machine.host_memory)}"
+        )
+    return problems
+
+
+def _cpu_problems(plan: Plan) -> list[str]:
+    """All processes share the memory of the host."""
+    per_stage = plan.layout.world_size // plan.layout.pp
+    ranks = sum(stage.total * per_stage for stage in plan.stages)
+    needed = ranks + plan.engine.claimed + plan.host.total
+    if needed <= plan.machine.memory:
+        return []
+    return [f"memory: all processes need {gib(needed)}, the host has {gib(plan.machine.memory)}"]
+
+
+def _warnings(plan: Plan) -> list[str]:
+    machine, layout = plan.machine, plan.layout
+    warnings = []
+    if layout.ep * layout.etp > machine.gpus_per_node:
+        warnings.append(
+            f"parallel.ep={layout.ep} * etp={layout.etp} is wider than NVLink reaches "
+            f"({machine.gpus_per_node} GPUs): tokens travel to their experts over the network"
+        )
+    available = plan.nodes * machine.gpus_per_node
+    if machine.accelerator and layout.world_size < available:
+        warnings.append(
+            f"parallel.* uses {layout.world_size} of {available} GPUs on {plan.nodes} nodes"
+        )
+    return warnings
+
+
+def gib(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
