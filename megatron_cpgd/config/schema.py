@@ -269,11 +269,18 @@ class CheckpointConfig(Config):
     """Steps between Hugging Face exports; the last step is always exported."""
 
 
+MACHINES = ("a100", "h100", "h200", "b200", "cpu")
+"""Machines that `planning/machine.py` knows."""
+
+
 class TrackingConfig(Config):
     """What is written about the run."""
 
     rollouts_per_step: int = Field(4, ge=0)
     """Rollouts written to rollouts/step_N.jsonl at each step."""
+    machine: str | None = None
+    """What `plan` and the report predict for: a100, h100, h200, b200, cpu, or a file that
+    `plan --calibrate` wrote. Default: by the name of the GPU; h100 for `plan`."""
 
 
 class ExperimentConfig(Config):

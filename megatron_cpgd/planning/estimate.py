@@ -129,6 +129,8 @@ class Lengths:
 
     prompt: float
     response: float
+    longest: int | None = None
+    """Longest response; None: as long as is allowed."""
 
 
 def assumed_lengths(config: ExperimentConfig, response_tokens: float | None = None) -> Lengths:
@@ -156,7 +158,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
             samples=rollout.samples_per_prompt,
             prompt_tokens=lengths.prompt,
             response_tokens=lengths.response,
-            longest=rollout.max_response_tokens,
+            longest=lengths.longest or rollout.max_response_tokens,
         ),
         trainer=TrainerSettings(
             passes=passes_of(
@@ -187,7 +189,7 @@ def make_plan(
     *, nodes: int | None = None,
 ) -> Plan:  # fmt: skip
     """The prediction of a configuration whose own checks have passed."""
-    layout = layout_of(config.parallel, config.model.megatron)
+    layout = layout_of(config.parallel)
     return estimate(model, layout, machine, workload_of(config, machine, lengths), nodes=nodes)
 
 
@@ -299,14 +301,15 @@ def _problems(plan: Plan) -> list[str]:
         return problems + _cpu_problems(plan)
     worst = plan.worst
     needed = worst.total + plan.beside(worst.stage)
-    if needed > machine.memory:
+    if needed > machine.usable_memory:
         beside = plan.beside(worst.stage)
         shared = f", {gib(beside)} of them the engine's" if beside else ""
         problems.append(
-            f"GPU memory: a rank of stage {worst.stage} needs {gib(needed)}{shared}; a GPU has "
-            f"{gib(machine.memory)}"
+            f"GPU memory: a rank of stage {worst.stage} needs {gib(needed)}{shared}; of a GPU "
+            f"{gib(machine.usable_memory)} may be filled"
         )
-    longest = plan.workload.requests.longest + plan.workload.requests.prompt_tokens
+    requests = plan.workload.requests
+    longest = requests.longest + requests.prompt_tokens
     if plan.engine.cache_tokens < longest:
         problems.append(
             f"engine: with tensor_parallel_size={engine.tp} its GPU holds {gib(plan.engine.weights)} "
@@ -326,9 +329,10 @@ def _cpu_problems(plan: Plan) -> list[str]:
     per_stage = plan.layout.world_size // plan.layout.pp
     ranks = sum(stage.total * per_stage for stage in plan.stages)
     needed = ranks + plan.engine.claimed + plan.host.total
-    if needed <= plan.machine.memory:
+    usable = plan.machine.usable_memory
+    if needed <= usable:
         return []
-    return [f"memory: all processes need {gib(needed)}, the host has {gib(plan.machine.memory)}"]
+    return [f"memory: all processes need {gib(needed)}; of the host {gib(usable)} may be filled"]
 
 
 def _warnings(plan: Plan) -> list[str]:

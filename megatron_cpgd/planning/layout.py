@@ -1,8 +1,7 @@
 """Which layers and how many ranks: the parallel axes, and what a pipeline stage holds."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 from megatron_cpgd.config.schema import ParallelConfig
 
@@ -28,10 +27,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = True
-    first_layers: int | None = None
-    """Layers of the first stage, where the stages are uneven."""
-    last_layers: int | None = None
-    """The same of the last stage."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each of the pp * vpp stages; None: equally many."""
 
     @property
     def world_size(self) -> int:
@@ -55,14 +52,12 @@ class Layout:
     def stage(self, stage: int, layers: int) -> list[Chunk]:
         """The chunks of one pipeline stage, in the order of its virtual stages.
 
-        Megatron gives virtual stage v of pipeline stage p the block v * pp + p of equal blocks.
+        Megatron gives virtual stage v of pipeline stage p the block v * pp + p of the layers.
         """
-        if self.first_layers is not None or self.last_layers is not None:
-            blocks = [_uneven(stage, layers, self)]
-        else:
-            size = layers // (self.pp * self.vpp)
-            starts = [(v * self.pp + stage) * size for v in range(self.vpp)]
-            blocks = [range(start, start + size) for start in starts]
+        sizes = self.stage_layers or (layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
+        ends = list(accumulate(sizes))
+        numbers = [v * self.pp + stage for v in range(self.vpp)]
+        blocks = [range(ends[n] - sizes[n], ends[n]) for n in numbers]
         last = self.pp - 1
         return [
             Chunk(
@@ -85,22 +80,11 @@ class Layout:
         return min(passes, self.vpp * self.pp) / self.vpp
 
 
-def layout_of(parallel: ParallelConfig, megatron: Mapping[str, Any]) -> Layout:
-    """The layout of a configuration; `megatron` is `model.megatron`."""
+def layout_of(parallel: ParallelConfig) -> Layout:
+    """The layout of a configuration."""
     return Layout(
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp, dp=parallel.dp,
         ep=parallel.ep, etp=parallel.etp,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
-        first_layers=megatron.get("num_layers_in_first_pipeline_stage"),
-        last_layers=megatron.get("num_layers_in_last_pipeline_stage"),
+        stage_layers=tuple(parallel.stage_layers) if parallel.stage_layers else None,
     )  # fmt: skip
-
-
-def _uneven(stage: int, layers: int, layout: Layout) -> range:
-    """Stages of equal size between a first and a last one of their own sizes."""
-    ends = (layout.first_layers is not None) + (layout.last_layers is not None)
-    rest = layers - (layout.first_layers or 0) - (layout.last_layers or 0)
-    middle = rest // max(layout.pp - ends, 1)
-    first = middle if layout.first_layers is None else layout.first_layers
-    starts = [0, *(first + i * middle for i in range(layout.pp - 1)), layers]
-    return range(starts[stage], starts[stage + 1])

@@ -57,6 +57,8 @@ class Efficiency:
     """Of each rank, in no formula: context, communicators, workspaces of libraries."""
     fragmentation: float = 0.05
     """Share of activations that the allocator loses."""
+    usable: float = 0.95
+    """Share of the memory that a plan may fill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,11 @@ class Machine:
     """Bytes of one node."""
     accelerator: bool = True
     efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes of `memory` that a plan may fill."""
+        return int(self.efficiency.usable * self.memory)
 
     def link(self, ranks: int) -> tuple[float, float]:
         """Bytes per second and latency of a collective over so many neighbouring ranks."""
