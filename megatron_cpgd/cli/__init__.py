@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 success, 2 the user's input is wrong, 3 the run cannot go on (the message is on
-        stderr), 130 Ctrl-C. Any other exception is a defect and propagates with its traceback
-        (exit code 1).
+        stderr), 4 a plan does not fit, 130 Ctrl-C. Any other exception is a defect and propagates
+        with its traceback (exit code 1).
     """
     arguments = _build_parser().parse_args(argv)
     try:

@@ -23,8 +23,8 @@ def add_parser(commands: Commands) -> None:
         "plan",
         help="predict memory and step time before a run starts",
         description=(
-            "Predicts memory of every rank and the seconds of a step, and says what to change if it "
-            "does not fit. Starts nothing. Exit code 0: fits, 4: does not."
+            "Predicts the memory of every rank and the seconds of a step, and says what to change "
+            "if it does not fit. Starts nothing. Exit code 0: fits, 4: does not."
         ),
     )
     parser.add_argument(
@@ -35,7 +35,7 @@ def add_parser(commands: Commands) -> None:
         "--model-config",
         metavar="FILE",
         type=Path,
-        help="config.json of a model that is not on this machine; model and data are not looked for",
+        help="config.json of a model that is not here; model and data are not looked for",
     )
     parser.add_argument(
         "--response-tokens", type=float, help="assumed mean; default: half of the longest allowed"

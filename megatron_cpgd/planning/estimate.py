@@ -130,7 +130,7 @@ class Lengths:
     prompt: float
     response: float
     longest: int | None = None
-    """Longest response; None: as long as is allowed."""
+    """Longest response, if the lengths are known; None: any response may be as long as allowed."""
 
 
 def assumed_lengths(config: ExperimentConfig, response_tokens: float | None = None) -> Lengths:
@@ -145,10 +145,12 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
     """What a step of this configuration does."""
     rollout, algorithm, batch = config.rollout, config.algorithm, config.batch
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = config.data.max_prompt_tokens + (lengths.longest or rollout.max_response_tokens)
     updates = algorithm.mini_batches * algorithm.epochs
-    # No micro-batch is larger than what a rank has of a mini-batch, nor smaller than a sequence.
-    per_rank = math.ceil(sequences / algorithm.mini_batches / config.parallel.dp) * longest
+    # No micro-batch is larger than what a rank has of a mini-batch, nor smaller than a sequence; of
+    # lengths that are only assumed, all may be the longest.
+    known = lengths.prompt + lengths.response if lengths.longest else longest
+    per_rank = math.ceil(sequences / algorithm.mini_batches / config.parallel.dp * known)
     micro_tokens = max(min(batch.tokens_per_micro_batch, per_rank), longest)
     forward = float(algorithm.old_policy == "trainer")
     forward += algorithm.epochs if isinstance(algorithm.clip, BalancedClip) else 0
@@ -248,9 +250,7 @@ def _step_seconds(
     )
 
 
-def _training(
-    model: Model, layout: Layout, machine: Machine, workload: Workload
-) -> PassSeconds:
+def _training(model: Model, layout: Layout, machine: Machine, workload: Workload) -> PassSeconds:
     """All optimizer steps of a step."""
     passes, updates = workload.trainer.passes, workload.updates
     batch = replace(workload.batch, tokens=workload.batch.tokens * workload.epochs / updates)
@@ -312,9 +312,9 @@ def _problems(plan: Plan) -> list[str]:
     longest = requests.longest + requests.prompt_tokens
     if plan.engine.cache_tokens < longest:
         problems.append(
-            f"engine: with tensor_parallel_size={engine.tp} its GPU holds {gib(plan.engine.weights)} "
-            f"of weights and {plan.engine.cache_tokens} tokens of KV cache, a sequence may have "
-            f"{longest:.0f}"
+            f"engine: with tensor_parallel_size={engine.tp} its GPU holds "
+            f"{gib(plan.engine.weights)} of weights and {plan.engine.cache_tokens} tokens of KV "
+            f"cache, a sequence may have {longest:.0f}"
         )
     if plan.host.total > machine.host_memory:
         problems.append(

@@ -8,6 +8,7 @@ the driver reports of it. Network and host memory are those of a DGX of the same
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,7 +31,10 @@ class Efficiency:
     experts: float = 0.25
     """The same of the grouped products of experts, which are small and uneven."""
     bandwidth: float = 0.6
-    """Share of the memory bandwidth that decoding reaches."""
+    """Share of the memory bandwidth that decoding and elementwise steps reach."""
+    moves: float = 4.0
+    """How often elementwise steps read or write each byte that autograd saves, forward and
+    backward."""
     link: float = 0.7
     """Share of a link's rate that collectives reach."""
     hop_s: float = 15e-6
@@ -147,10 +151,10 @@ def cpu_machine() -> Machine:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         name="cpu", gpus_per_node=os.cpu_count() or 1, memory=host, bandwidth=8e9,
-        flops={"fp32": 60e9, "bf16": 60e9}, nvlink=1e9, network=1e8, pcie=8e9, host_memory=host,
+        flops={"fp32": 100e9, "bf16": 100e9}, nvlink=1e9, network=1e8, pcie=8e9, host_memory=host,
         accelerator=False,
         efficiency=Efficiency(
-            dense=0.5, experts=0.3, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
+            dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
             iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 4,
             fragmentation=0.1,
         ),
@@ -186,6 +190,6 @@ def save_machine(machine: Machine, path: Path) -> None:
     write_text_atomic(path, format_yaml(asdict(machine)))
 
 
-def with_factors(machine: Machine, **values: float) -> Machine:
+def with_factors(machine: Machine, **values: Any) -> Machine:
     """The machine with some constants of its efficiency replaced."""
     return replace(machine, efficiency=replace(machine.efficiency, **values))

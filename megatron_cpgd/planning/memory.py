@@ -35,6 +35,8 @@ class RankMemory:
     """Of the layer, or of the log-probs, whose backward pass runs."""
     reference: int
     """The piece that is being exchanged with the host; on CPU the whole shard."""
+    mapped: int
+    """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
     """Context, communicators and workspaces, and what the allocator loses."""
 
@@ -42,7 +44,7 @@ class RankMemory:
     def total(self) -> int:
         return (
             self.weights + self.gradients + self.optimizer + self.activations + self.working
-            + self.reference + self.overhead
+            + self.reference + self.mapped + self.overhead
         )  # fmt: skip
 
 
@@ -130,10 +132,13 @@ def rank_memory(
     reference = 0
     if settings.reference:
         reference = REFERENCE_PIECE if machine.accelerator else state.weights
+    mapped = 0
+    if not machine.accelerator:  # rank 0 reads the whole arena to sum it
+        mapped = passes.element * model.parameters + state.weights
     lost = machine.efficiency.fragmentation * (activations + working)
     return RankMemory(
         stage=stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer,
-        activations=int(activations), working=int(working), reference=reference,
+        activations=int(activations), working=int(working), reference=reference, mapped=mapped,
         overhead=int(machine.efficiency.rank_memory + lost),
     )  # fmt: skip
 

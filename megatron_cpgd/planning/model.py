@@ -19,6 +19,7 @@ from megatron_cpgd.weights.table import Entry, Split
 VOCAB_MULTIPLE = 128
 """As in policy/model.py: the vocabulary is padded to a multiple of this."""
 
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One tensor of the global model."""

@@ -27,18 +27,23 @@ class Outcome:
     seconds: Mapping[str, float]
     """Of each phase, the median over the steps."""
     memory_gib: float | None
-    """Of the rank with most; None: was not measured."""
+    """Of the rank with most, the median over the steps, since a checkpoint may need more; None: was
+    not measured."""
 
     @property
     def train_ratio(self) -> float:
         """Measured over predicted of the trainer's passes."""
         parts = ("old_logprobs", "ref_logprobs", "train")
         measured = sum(self.seconds[part] for part in parts)
-        return measured / sum(getattr(self.plan.seconds, part) for part in parts)
+        return measured / sum(self.predicted(part) for part in parts)
 
     def ratio(self, phase: str) -> float:
         """Measured over predicted of one phase."""
-        return self.seconds[phase] / getattr(self.plan.seconds, phase)
+        return self.seconds[phase] / self.predicted(phase)
+
+    def predicted(self, phase: str) -> float:
+        """Seconds of one phase."""
+        return float(getattr(self.plan.seconds, phase))
 
 
 def read_outcome(folder: RunFolder, machine: Machine | None = None) -> Outcome:
@@ -64,7 +69,7 @@ def read_outcome(folder: RunFolder, machine: Machine | None = None) -> Outcome:
     plan = make_plan(model, config, machine, _measured_lengths(rows, config))
     seconds = {phase: median(_phase_s(row, phase) for row in rows) for phase in PHASES}
     peaks = [row["perf/memory_peak_gib"] for row in rows if "perf/memory_peak_gib" in row]
-    return Outcome(plan=plan, seconds=seconds, memory_gib=max(peaks) if peaks else None)
+    return Outcome(plan=plan, seconds=seconds, memory_gib=median(peaks) if peaks else None)
 
 
 def calibrate(folder: RunFolder, machine: Machine | None = None) -> tuple[Machine, list[str]]:
@@ -98,7 +103,7 @@ def predicted_and_measured(folder: RunFolder) -> list[str]:
 def format_outcome(outcome: Outcome) -> list[str]:
     """A table, one line per phase, and memory."""
     rows = [
-        (f"{phase} s", getattr(outcome.plan.seconds, phase), seconds)
+        (f"{phase} s", outcome.predicted(phase), seconds)
         for phase, seconds in outcome.seconds.items()
     ]
     rows.append(("step s", outcome.plan.seconds.total, sum(outcome.seconds.values())))

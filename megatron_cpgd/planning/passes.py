@@ -8,7 +8,7 @@ exchange of context parallelism.
 import math
 from dataclasses import dataclass
 
-from megatron_cpgd.planning.activations import Passes, expert_imbalance
+from megatron_cpgd.planning.activations import Passes, expert_imbalance, layer_bytes
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.model import Model
@@ -35,6 +35,9 @@ class PassSeconds:
     """Of one pass, on the slowest pipeline stage."""
 
     compute: float = 0.0
+    """Matrix products and attention."""
+    elementwise: float = 0.0
+    """Everything else that touches activations: norms, rotations, softmax."""
     launch: float = 0.0
     """Of kernels, where there is little to compute."""
     tensor_parallel: float = 0.0
@@ -51,9 +54,9 @@ class PassSeconds:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.launch + self.tensor_parallel + self.context_parallel
-            + self.expert_parallel + self.pipeline + self.bubble + self.data_parallel
-            + self.optimizer
+            self.compute + self.elementwise + self.launch + self.tensor_parallel
+            + self.context_parallel + self.expert_parallel + self.pipeline + self.bubble
+            + self.data_parallel + self.optimizer
         )  # fmt: skip
 
 
@@ -85,9 +88,7 @@ def pass_seconds(
     )
 
 
-def update_seconds(
-    model: Model, layout: Layout, machine: Machine, passes: Passes
-) -> PassSeconds:
+def update_seconds(model: Model, layout: Layout, machine: Machine, passes: Passes) -> PassSeconds:
     """One optimizer step: gradients are summed over the replicas in fp32, each replica updates its
     share and sends the new weights; of the stage with most parameters."""
     factor = machine.efficiency.train_factor
@@ -127,6 +128,8 @@ def _micro_batch(
             work=work, attention=work + (backward and passes.recompute == "selective"),
             head=(3 if backward else 1) if head else 0,
         ),
+        "elementwise": _elementwise_s(model, layout, layers, machine, passes, tokens, head=head)
+        * work / 3,
         "launch": launch * work / 3,
         "tensor_parallel": _tensor_parallel_s(
             model, layout, machine, passes, tokens, has_experts, backward=backward, full=full
@@ -156,6 +159,19 @@ def _compute_s(
     experts = 2 * work * sum(model.layer_matmuls[i][1] for i in layers) * expert_imbalance(layout)
     peak, efficiency = machine.flops[passes.precision], machine.efficiency
     return tokens / ranks * (dense / efficiency.dense + experts / efficiency.experts) / peak
+
+
+def _elementwise_s(
+    model: Model, layout: Layout, layers: list[int], machine: Machine, passes: Passes,
+    tokens: float, *, head: bool,
+) -> float:  # fmt: skip
+    """Forward and backward, bound by memory: what is saved stands for what is moved, and fp32
+    logits for the steps of the log-probs."""
+    saved = sum(layer_bytes(model, layout, layer, passes) for layer in layers)
+    if head:
+        saved += 4 * model.decoder.vocab / layout.tp
+    rate = machine.bandwidth * machine.efficiency.bandwidth / machine.efficiency.moves
+    return tokens / layout.cp * saved / rate
 
 
 def _tensor_parallel_s(

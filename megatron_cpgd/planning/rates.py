@@ -33,9 +33,7 @@ def note_machine(path: Path, name: str | None, device: str | None) -> None:
 class StepRates:
     """Of one run."""
 
-    def __init__(
-        self, hf: Mapping[str, Any], config: ExperimentConfig, device: str | None
-    ) -> None:
+    def __init__(self, hf: Mapping[str, Any], config: ExperimentConfig, device: str | None) -> None:
         """
         Args:
             hf: config.json of the model.

@@ -63,9 +63,7 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
         "training": asdict(plan.training),
         "generation": asdict(plan.generation),
         "mfu": plan.mfu,
-        "fixes": [
-            {"overrides": fix.overrides, "seconds": fix.plan.seconds.total} for fix in fixes
-        ],
+        "fixes": [{"overrides": fix.overrides, "seconds": fix.plan.seconds.total} for fix in fixes],
     }
 
 
@@ -99,6 +97,7 @@ def _memory(plan: Plan) -> str:
         "activations": worst.activations,
         "working set": worst.working,
         "reference": worst.reference,
+        "mapped": worst.mapped,
         "overhead": worst.overhead,
         "engine": beside,
     }

@@ -65,8 +65,10 @@ class Planner:
     def fitting(self, overrides: Overrides) -> Candidate | None:
         """The candidate if it fits, with the engine's share of the memory lowered if that helps."""
         plan = self.plan(overrides)
-        if plan is None or plan.fits:
-            return plan and Candidate(overrides=overrides, plan=plan)
+        if plan is None:
+            return None
+        if plan.fits:
+            return Candidate(overrides=overrides, plan=plan)
         share = _engine_share(plan)
         if share is None:
             return None

@@ -79,9 +79,7 @@ def stage_elements(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     return dense, experts
 
 
-def _chunk_elements(
-    model: Model, layout: Layout, chunk: Chunk
-) -> tuple[_Elements, _Elements, int]:
+def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elements, _Elements, int]:
     """(dense, experts, elements of fp32 buffers) of one rank's chunk."""
     dense, experts, fixed = _Elements(), _Elements(), 0
     counts: Counter[int] = Counter(id(model.layers[i]) for i in chunk.layers)

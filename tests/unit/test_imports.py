@@ -15,7 +15,7 @@ ROWS = (
     {"sampler", "weight_sync"},
     {"in_flight"},
     {"policy", "rollout", "demo"},
-    {"scored_batch"},
+    {"scored_batch", "planning"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch"},
     {"stability"},
     {"config"},
