@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cpgd.cli.arguments import Commands, add_config_arguments
+from megatron_cpgd.cli.arguments import (
+    Commands,
+    add_config_arguments,
+    add_model_config_argument,
+)
 from megatron_cpgd.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,12 +35,7 @@ def add_parser(commands: Commands) -> None:
         "--machine", help="a100, h100, h200, b200, cpu or a file; default: tracking.machine or h100"
     )
     parser.add_argument("--nodes", type=int, help="nodes of the job; default: as many as needed")
-    parser.add_argument(
-        "--model-config",
-        metavar="FILE",
-        type=Path,
-        help="config.json of a model that is not here; model and data are not looked for",
-    )
+    add_model_config_argument(parser)
     parser.add_argument(
         "--response-tokens", type=float, help="assumed mean; default: half of the longest allowed"
     )
@@ -59,18 +58,20 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a plan or a table of layouts, and write a machine file if asked to."""
+    from megatron_cpgd.config.load import load_config
     from megatron_cpgd.planning.estimate import assumed_lengths
-    from megatron_cpgd.planning.job import read_job
     from megatron_cpgd.planning.machine import find_machine
     from megatron_cpgd.planning.model import read_model
     from megatron_cpgd.planning.search import Planner
+    from megatron_cpgd.weights.hf_checkpoint import read_config
 
     machine = _calibrate(arguments) if arguments.calibrate else None
     if arguments.config is None:
         if machine is None:
             raise UserError("give a YAML file")
         return 0
-    config, hf = read_job(arguments.config, arguments.overrides, arguments.model_config)
+    config = load_config(arguments.config, arguments.overrides, arguments.model_config)
+    hf = read_config(arguments.model_config or config.model.path)
     planner = Planner(
         model=read_model(hf),
         hf=hf,

@@ -52,6 +52,8 @@ class Workload:
     """Optimizer steps."""
     epochs: int
     routes: bool
+    overlap: bool = False
+    """Batches are sampled while the trainer works."""
 
     @property
     def tokens(self) -> int:
@@ -63,6 +65,7 @@ class StepSeconds:
     """Of one step; evaluations, checkpoints and exports come on top."""
 
     generate: float
+    """What the trainer waits for sampling."""
     old_logprobs: float
     ref_logprobs: float
     train: float
@@ -110,7 +113,14 @@ class Plan:
         if engine.sleeps or not self.machine.accelerator:
             return 0
         per_stage = self.layout.world_size // self.layout.pp
-        return self.engine.claimed if stage * per_stage < engine.tp * engine.engines else 0
+        end = min((stage + 1) * per_stage, self.machine.gpus_per_node)
+        load = max((engine.on_gpu(gpu) for gpu in range(stage * per_stage, end)), default=0)
+        return load * self.engine.claimed
+
+    @property
+    def gpus(self) -> int:
+        """Of trainer and engines."""
+        return _gpus(self.layout, self.workload.engine, self.machine)
 
     @property
     def fits(self) -> bool:
@@ -183,6 +193,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
         updates=updates,
         epochs=algorithm.epochs,
         routes=algorithm.routing_replay != "none",
+        overlap=rollout.overlap,
     )  # fmt: skip
 
 
@@ -208,7 +219,7 @@ def estimate(
         layout=layout,
         machine=machine,
         workload=workload,
-        nodes=nodes or -(-layout.world_size // machine.gpus_per_node),
+        nodes=nodes or -(-_gpus(layout, engine, machine) // machine.gpus_per_node),
         parameters=model.parameters,
         active_parameters=model.active_parameters,
         stages=stages,
@@ -240,9 +251,11 @@ def _step_seconds(
     if workload.trainer.reference:
         shard = passes.element * model.parameters / (layout.tp * layout.pp * layout.ep)
         reference = forward + 4 * shard / machine.pcie
+    old_logprobs = workload.forward_passes * forward
+    hidden = old_logprobs + reference + training.total if workload.overlap else 0.0
     return StepSeconds(
-        generate=generation.total,
-        old_logprobs=workload.forward_passes * forward,
+        generate=max(generation.total - hidden, 0.0),
+        old_logprobs=old_logprobs,
         ref_logprobs=reference,
         train=training.total,
         sync=_sync_seconds(model, machine, workload.engine),
@@ -282,6 +295,8 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
         utilization=float(given.get("gpu_memory_utilization") or UTILIZATION),
         max_sequences=int(given.get("max_num_seqs") or MAX_SEQUENCES[machine.accelerator]),
         cache_bytes=int(cache) if cache is not None else None,
+        engines=config.rollout.engines,
+        devices=tuple(config.rollout.devices) if config.rollout.devices else None,
     )
 
 
@@ -296,6 +311,11 @@ def _problems(plan: Plan) -> list[str]:
     if machine.accelerator and layout.world_size > available:
         problems.append(
             f"parallel.* needs {layout.world_size} GPUs, {plan.nodes} nodes have {available}"
+        )
+    if machine.accelerator and max(engine.devices or (0,)) >= machine.gpus_per_node:
+        problems.append(
+            f"rollout.devices={list(engine.devices or ())}: a node has the GPUs 0 to "
+            f"{machine.gpus_per_node - 1}"
         )
     if not machine.accelerator:
         return problems + _cpu_problems(plan)
@@ -328,7 +348,7 @@ def _cpu_problems(plan: Plan) -> list[str]:
     """All processes share the memory of the host."""
     per_stage = plan.layout.world_size // plan.layout.pp
     ranks = sum(stage.total * per_stage for stage in plan.stages)
-    needed = ranks + plan.engine.claimed + plan.host.total
+    needed = ranks + plan.workload.engine.engines * plan.engine.claimed + plan.host.total
     usable = plan.machine.usable_memory
     if needed <= usable:
         return []
@@ -343,12 +363,18 @@ def _warnings(plan: Plan) -> list[str]:
             f"parallel.ep={layout.ep} * etp={layout.etp} is wider than NVLink reaches "
             f"({machine.gpus_per_node} GPUs): tokens travel to their experts over the network"
         )
+    used = _gpus(layout, plan.workload.engine, machine)
     available = plan.nodes * machine.gpus_per_node
-    if machine.accelerator and layout.world_size < available:
-        warnings.append(
-            f"parallel.* uses {layout.world_size} of {available} GPUs on {plan.nodes} nodes"
-        )
+    if machine.accelerator and used < available:
+        warnings.append(f"the run uses {used} of {available} GPUs on {plan.nodes} nodes")
     return warnings
+
+
+def _gpus(layout: Layout, engine: EngineSettings, machine: Machine) -> int:
+    """GPUs up to the last one that trainer or engines use; those of engines are on the first
+    host."""
+    last = max(engine.devices or (0,)) + 1
+    return max(layout.world_size, min(last, machine.gpus_per_node))
 
 
 def gib(nbytes: float) -> str:

@@ -62,11 +62,6 @@ class EngineMemory:
     claimed: int
     """What the engine takes, used or not."""
 
-    @property
-    def minimum(self) -> int:
-        """Weights alone."""
-        return self.weights
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
@@ -99,7 +94,7 @@ class TrainerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """The sampling engines; a run of this version has one, on the first GPUs of its host."""
+    """The sampling engines."""
 
     tp: int
     precision: Precision
@@ -109,9 +104,18 @@ class EngineSettings:
     cache_bytes: int | None = None
     """Of the KV cache, if it is set instead."""
     engines: int = 1
+    devices: tuple[int, ...] | None = None
+    """GPUs of the first host that the engines take in equal shares; None: each takes the first."""
     sleeps: bool = False
-    """Gives its memory back while the trainer works."""
-    expert_parallel: bool = False
+    """Gives its memory back while the trainer works. Those of this version do not."""
+
+    def on_gpu(self, gpu: int) -> int:
+        """How many engines have a part of theirs on this GPU of the first host."""
+        if self.devices is None:
+            return self.engines if gpu < self.tp else 0
+        share = len(self.devices) // self.engines
+        parts = [self.devices[i * share : (i + 1) * share][: self.tp] for i in range(self.engines)]
+        return sum(gpu in part for part in parts)
 
 
 def rank_memory(
@@ -187,7 +191,8 @@ def host_memory(
     )
     route_bytes = 2 * len(model.decoder.moe_layers) * model.top_k if routes else 0
     held = machine.accelerator and settings.reference  # else it is counted with the rank
-    processes = HOST_PROCESS * (ranks + engine.tp) if machine.accelerator else 0
+    workers = min(engine.tp * engine.engines, machine.gpus_per_node)
+    processes = HOST_PROCESS * (ranks + workers) if machine.accelerator else 0
     return HostMemory(
         arena=BYTES[engine.precision] * model.parameters,
         reference=weights * ranks if held else 0,

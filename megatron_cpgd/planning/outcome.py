@@ -84,12 +84,17 @@ def calibrate(folder: RunFolder, machine: Machine | None = None) -> tuple[Machin
     fitted = with_factors(
         plan.machine,
         train_factor=before.train_factor * outcome.train_ratio,
-        generate_factor=before.generate_factor * outcome.ratio("generate"),
+        generate_factor=before.generate_factor * _generate_ratio(outcome),
         sync_factor=before.sync_factor * outcome.ratio("sync"),
         other_s=outcome.seconds["other"],
         rank_memory=memory,
     )
     return fitted, format_outcome(outcome)
+
+
+def _generate_ratio(outcome: Outcome) -> float:
+    """1 if sampling was hidden behind training: its time is then not known."""
+    return outcome.ratio("generate") if outcome.predicted("generate") else 1.0
 
 
 def predicted_and_measured(folder: RunFolder) -> list[str]:
@@ -118,9 +123,9 @@ def format_outcome(outcome: Outcome) -> list[str]:
 
 
 def _phase_s(row: Mapping[str, Any], phase: str) -> float:
-    """Rewards are in no formula and count as the rest."""
-    score = float(row.get("time/score_s", 0.0)) if phase == "other" else 0.0
-    return float(row.get(f"time/{phase}_s", 0.0)) + score
+    """Rewards are in no formula and count as the rest; waiting for sampling counts as sampling."""
+    more = {"other": "time/score_s", "generate": "time/wait_s"}.get(phase, "")
+    return float(row.get(f"time/{phase}_s", 0.0)) + float(row.get(more, 0.0))
 
 
 def _measured_lengths(rows: Sequence[Mapping[str, Any]], config: ExperimentConfig) -> Lengths:

@@ -47,7 +47,7 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "machine": plan.machine.name,
         "nodes": plan.nodes,
-        "gpus": plan.layout.world_size,
+        "gpus": plan.gpus,
         "parameters": plan.parameters,
         "active_parameters": plan.active_parameters,
         "layout": asdict(plan.layout),
@@ -143,7 +143,7 @@ def _verdict(plan: Plan) -> str:
 def _brief(plan: Plan) -> str:
     return (
         f"{gib(_peak(plan))} of {gib(plan.machine.memory)} per GPU, {plan.seconds.total:.1f} s per "
-        f"step on {plan.layout.world_size} GPUs"
+        f"step on {plan.gpus} GPUs"
     )
 
 

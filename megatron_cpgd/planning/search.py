@@ -78,24 +78,25 @@ class Planner:
 
 
 def find_fixes(planner: Planner) -> list[Candidate]:
-    """The smallest sets of changes after which the configuration fits, fastest first.
+    """The smallest sets of changes after which the configuration fits; those with the fewest GPUs
+    come first, of them the fastest.
 
     Changes that keep the number of GPUs are tried before those that need more.
     """
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[str] = set()
     for grow in (False, True):
         for size in range(MOST_CHANGES + 1):
             found = []
             for changes in itertools.combinations(_changes(planner, grow=grow), size):
                 overrides = _joined(changes)
-                if overrides is None or (key := tuple(sorted(overrides.items()))) in seen:
+                if overrides is None or (key := str(sorted(overrides.items()))) in seen:
                     continue
                 seen.add(key)
                 candidate = planner.fitting(overrides)
                 if candidate:
                     found.append(candidate)
             if found:
-                return sorted(found, key=_seconds)[:FIXES]
+                return sorted(found, key=_cost)[:FIXES]
     return []
 
 
@@ -136,7 +137,7 @@ def with_overrides(config: ExperimentConfig, overrides: Overrides) -> Experiment
 def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
     """Single changes, cheapest in speed first."""
     config, sizes = planner.config, planner.config.parallel
-    changes: list[Overrides] = []
+    changes: list[Overrides] = list(_engine_gpus(planner))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     least = max(LEAST_MICRO_TOKENS, longest)
     tokens = config.batch.tokens_per_micro_batch
@@ -163,6 +164,26 @@ def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
         if engine <= planner.machine.gpus_per_node:
             changes.append({"rollout.engine_args.tensor_parallel_size": engine})
     return changes
+
+
+def _engine_gpus(planner: Planner) -> Iterator[Overrides]:
+    """GPUs of their own for the engines: idle ones of the first host, or half of the trainer's."""
+    config, machine = planner.config, planner.machine
+    sizes, engines = config.parallel, config.rollout.engines
+    if not machine.accelerator or config.rollout.devices is not None:
+        return
+    size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1) * engines
+    first, half = sizes.world_size, sizes.world_size // 2
+    if first + size <= machine.gpus_per_node:
+        yield {"rollout.devices": list(range(first, first + size))}
+    if sizes.dp % 2 == 0 and first <= machine.gpus_per_node and size <= half:
+        # As many engines as there is room for: each answers a share of the prompts.
+        count = half // size
+        yield {
+            "parallel.dp": sizes.dp // 2,
+            "rollout.devices": list(range(half, half + count * size)),
+            "rollout.engines": engines * count,
+        }
 
 
 def _joined(changes: tuple[Overrides, ...]) -> Overrides | None:
@@ -221,7 +242,8 @@ def _engine_share(plan: Plan) -> float | None:
         return None
     shared = [stage.total for stage in plan.stages if plan.beside(stage.stage)]
     room = machine.usable_memory - max(shared, default=0)
-    share = math.floor(100 * room / machine.memory) / 100
+    together = max(engine.on_gpu(gpu) for gpu in range(machine.gpus_per_node))
+    share = math.floor(100 * room / machine.memory / max(together, 1)) / 100
     return share if 0 < share < engine.utilization else None
 
 
@@ -229,9 +251,14 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def _cost(candidate: Candidate) -> tuple[int, float]:
+    return candidate.plan.gpus, candidate.plan.seconds.total
+
+
 def _seconds(candidate: Candidate) -> float:
     return candidate.plan.seconds.total
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """Without spaces, so that a shell takes it as one word."""
+    return str(value).lower().replace(" ", "")

@@ -9,7 +9,7 @@ from megatron_cpgd.cli import main
 from tests.helpers.planning import MODELS
 from tests.helpers.valid_run import write_run
 
-MODEL = ("--model-config", str(MODELS / "Qwen3-8B/config.json"))
+MODEL = ("--model-config", str(MODELS / "Qwen3-8B"))
 FITTING = (
     "parallel.tp=8", "model.recompute=full", "rollout.engine_args.gpu_memory_utilization=0.4",
 )  # fmt: skip
