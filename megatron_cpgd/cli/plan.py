@@ -59,10 +59,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a plan or a table of layouts, and write a machine file if asked to."""
     from megatron_cpgd.config.load import load_config
-    from megatron_cpgd.planning.estimate import assumed_lengths
     from megatron_cpgd.planning.machine import find_machine
     from megatron_cpgd.planning.model import read_model
     from megatron_cpgd.planning.search import Planner
+    from megatron_cpgd.planning.workload import assumed_lengths
     from megatron_cpgd.weights.hf_checkpoint import read_config
 
     machine = _calibrate(arguments) if arguments.calibrate else None

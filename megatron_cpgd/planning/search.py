@@ -9,9 +9,10 @@ from typing import Any
 from megatron_cpgd.config.checks import check_settings
 from megatron_cpgd.config.model_folder import check_sizes
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.planning.estimate import Lengths, Plan, make_plan
+from megatron_cpgd.planning.estimate import Plan, make_plan
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.workload import Lengths
 
 type Overrides = dict[str, Any]
 """Dotted setting -> value, as on the command line."""

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_cpgd.config.load import read_config
 from megatron_cpgd.errors import ConfigError
-from megatron_cpgd.planning.estimate import assumed_lengths
 from megatron_cpgd.planning.machine import GPUS, find_machine, save_machine, with_factors
 from megatron_cpgd.planning.search import Planner, find_fixes, search_layouts, with_overrides
+from megatron_cpgd.planning.workload import assumed_lengths
 from tests.helpers.planning import public_config, public_model
 from tests.helpers.valid_run import write_run
 

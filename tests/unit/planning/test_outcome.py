@@ -9,7 +9,7 @@ import pytest
 from megatron_cpgd.config.load import read_config, save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import UserError
-from megatron_cpgd.planning.estimate import Lengths, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import GPUS, Machine, save_machine, with_factors
 from megatron_cpgd.planning.outcome import (
     calibrate,
@@ -18,6 +18,7 @@ from megatron_cpgd.planning.outcome import (
     read_outcome,
 )
 from megatron_cpgd.planning.rates import StepRates, note_machine
+from megatron_cpgd.planning.workload import Lengths
 from megatron_cpgd.tracking.run_folder import RunFolder
 from tests.helpers.planning import public_config, public_model
 from tests.helpers.valid_run import write_run
