@@ -102,3 +102,25 @@ def test_a_file_that_is_no_machine_is_one_clear_message(tmp_path: Path, content:
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"machine\.yaml"):
         find_machine(str(file))
+
+
+def test_engines_with_gpus_of_their_own_leave_the_trainer_s_alone(tmp_path: Path) -> None:
+    own = ("rollout.engines=2", "rollout.devices=[4,5,6,7]", "parallel.tp=4")
+    plan = planner(tmp_path, "Qwen2.5-7B", "model.recompute=full", *own).plan({})
+    assert plan is not None and plan.fits and plan.gpus == 8
+    assert plan.beside(0) == 0
+    engine = plan.workload.engine
+    # Each has two GPUs and uses the first of them.
+    assert [engine.on_gpu(gpu) for gpu in range(8)] == [0, 0, 0, 0, 1, 0, 1, 0]
+    shared = planner(tmp_path, "Qwen2.5-7B", "rollout.engines=2", "parallel.tp=4").plan({})
+    assert shared is not None and shared.beside(0) == 2 * shared.engine.claimed
+
+
+def test_sampling_beside_training_takes_no_time_until_it_is_longer(tmp_path: Path) -> None:
+    own = ("rollout.devices=[4]", "parallel.tp=4", "rollout.staleness=1")
+    one = planner(tmp_path, "Qwen2.5-7B", *own).plan({})
+    beside = planner(tmp_path, "Qwen2.5-7B", *own, "rollout.overlap=true").plan({})
+    assert one is not None and beside is not None
+    work = one.seconds.old_logprobs + one.seconds.train
+    assert one.seconds.generate > work
+    assert beside.seconds.generate == pytest.approx(one.seconds.generate - work)

@@ -108,14 +108,14 @@ def test_a_rate_that_is_not_measured_is_left_out(tmp_path: Path) -> None:
 
 
 def test_mfu_is_model_flops_over_the_peak_of_all_gpus(tmp_path: Path) -> None:
-    config = read_config(write_run(tmp_path), ["parallel.dp=2"])
+    config = read_config(write_run(tmp_path), ["parallel.dp=2", "algorithm.epochs=3"])
     rates = StepRates(public_config("Qwen3-8B"), config, "NVIDIA H100 80GB HBM3")
     metrics = rates.metrics([1000, 3000], {"time/train_s": 2.0})
     model = public_model("Qwen3-8B")
     # Attention counts each sequence by its own length, so not the mean of 2000.
     flops = 6 * model.active_parameters * 4000 + 3 * 36 * 8192 * (1000**2 + 3000**2)
-    assert metrics["perf/mfu"] == pytest.approx(flops / 2 / (2 * 989e12))
-    assert metrics["perf/tokens_per_s"] == 2000
+    assert metrics["perf/mfu"] == pytest.approx(3 * flops / 2 / (2 * 989e12))
+    assert metrics["perf/tokens_per_s"] == 3 * 2000
 
 
 def test_mfu_needs_a_known_gpu_and_a_trained_batch(tmp_path: Path) -> None:
