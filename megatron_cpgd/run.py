@@ -179,12 +179,18 @@ def _start_rank_0(
     prompts = Prompts(config)
     setup_logging(0, folder.log(0))
     folder.write_versions()
+    note_machine(folder.machine, config.tracking.machine, _gpu_name())
     if engine is None:
         engine = start_engine(config, folder.logs / "engine.log")
         stack.callback(engine.close)
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler
+
+
+def _gpu_name() -> str | None:
+    """As the driver has it; None on CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _check_model(config: ExperimentConfig) -> None:
@@ -238,9 +244,7 @@ def _restore_rank_0(run: Run, state: dict[str, Any], stack: ExitStack) -> None:
     )
     stack.callback(run.batches.close)
     run.detector = CollapseDetector(run.config.stability)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    run.rates = StepRates(read_config(run.config.model.path), run.config, gpu)
-    note_machine(run.folder.machine, run.config.tracking.machine, gpu)
+    run.rates = StepRates(read_config(run.config.model.path), run.config, _gpu_name())
     if "prompts" in state:
         run.prompts.stream.load_state(state["prompts"])
         run.batches.load(run.folder.checkpoint(run.done))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpgd.config.load import read_config
+from megatron_cpgd.config.schema import MACHINES
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.planning.machine import GPUS, find_machine, save_machine, with_factors
 from megatron_cpgd.planning.search import Planner, find_fixes, search_layouts, with_overrides
@@ -88,6 +89,10 @@ def test_hardware_rules_are_named(tmp_path: Path) -> None:
     ).plan({})  # fmt: skip
     assert too_few is not None
     assert "parallel.* needs 16 GPUs, 1 nodes have 8" in too_few.problems
+
+
+def test_the_settings_know_the_same_machines() -> None:
+    assert set(MACHINES) == {*GPUS, "cpu"}
 
 
 def test_a_machine_file_is_read_back_equal(tmp_path: Path) -> None:
