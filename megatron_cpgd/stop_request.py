@@ -91,10 +91,11 @@ def stop_on_signals(within_s: float) -> Iterator[StopRequest]:
         signal.set_wakeup_fd(wakeup)
         sender.close()
         receiver.close()
-        if not stop.asked:  # else it is about to end, while srun already signals the slower ranks
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if stop.asked:  # it is about to end, while srun already signals the slower ranks
+            handlers |= dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _watch(
@@ -109,8 +110,6 @@ def _watch(
             if number in STOP_SIGNALS:
                 stop.signal = signal.Signals(number)
                 stop.asked = True
-    # The interpreter gives up its handlers at its end, when the kernel may still know this thread.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
     if stop.has_work and left.wait(within_s):
         return
