@@ -101,8 +101,8 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_weights(undisturbed,
     assert int(stopped) in (3, 4)
     assert preempted.log.count("goes back into the queue") == 2
     assert f"resumed from {preempted.dir}/checkpoints/step_00000{stopped}" in preempted.log
-    assert f"0: step {stopped}/6" in preempted.log.partition("as asked")[0]
-    assert f"0: step {stopped}/6" not in preempted.log.partition("as asked")[2]
+    before, _, after = preempted.log.partition(f"stopped behind step {stopped} as asked")
+    assert f"0: step {stopped}/6" in before and f"0: step {stopped}/6" not in after
     assert_same_run(undisturbed.dir, preempted.dir)
 
 
