@@ -107,7 +107,9 @@ def _search(planner: "Planner", arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(report.search_as_json(found))
     else:
-        sys.stdout.write(report.format_search(found, arguments.search))
+        given = planner.plan({})
+        assert given is not None, "the configuration was checked"
+        sys.stdout.write(report.format_search(found, given, arguments.search))
     return 0 if found else DOES_NOT_FIT
 
 

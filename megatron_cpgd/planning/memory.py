@@ -147,14 +147,6 @@ def rank_memory(
     )  # fmt: skip
 
 
-def worst_rank(
-    model: Model, layout: Layout, settings: TrainerSettings, machine: Machine
-) -> RankMemory:
-    """Of the stage that needs most."""
-    stages = [rank_memory(model, layout, s, settings, machine) for s in range(layout.pp)]
-    return max(stages, key=lambda memory: memory.total)
-
-
 def engine_memory(model: Model, settings: EngineSettings, machine: Machine) -> EngineMemory:
     """Of one GPU of an engine, cut by tensor parallelism alone."""
     element = BYTES[settings.precision]

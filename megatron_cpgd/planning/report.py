@@ -20,10 +20,11 @@ def format_plan(plan: Plan, fixes: Sequence[Candidate] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def format_search(found: Sequence[Candidate], gpus: int, *, shown: int = 10) -> str:
-    """The fastest layouts as a table."""
+def format_search(found: Sequence[Candidate], given: Plan, gpus: int, *, shown: int = 10) -> str:
+    """The fastest layouts as a table, or what is wrong with the given one."""
     if not found:
-        return f"No layout of {gpus} GPUs fits.\n"
+        lines = [f"No layout of {gpus} GPUs fits. The configuration as it is:", *given.problems]
+        return "\n  ".join(lines) + "\n"
     header = ["#", "s/step", "train s", "GiB/GPU", "MFU", "settings"]
     rows = [header] + [
         [
@@ -78,9 +79,9 @@ def _heading(plan: Plan) -> str:
     axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
     active = ""
     if plan.active_parameters < plan.parameters / 2:
-        active = f", {plan.active_parameters / 1e9:.2f} B of them per token"
+        active = f", {_count(plan.active_parameters)} of them per token"
     return (
-        f"{plan.parameters / 1e9:.2f} B parameters{active}; {axes}; {layout.world_size} ranks on "
+        f"{_count(plan.parameters)} parameters{active}; {axes}; {layout.world_size} ranks on "
         f"{plan.nodes} x {plan.machine.name}\n"
         f"{requests.prompts * requests.samples} responses of {requests.response_tokens:.0f} tokens "
         f"(assumed mean), prompts of {requests.prompt_tokens:.0f}, {plan.workload.updates} "
@@ -141,10 +142,17 @@ def _verdict(plan: Plan) -> str:
 
 
 def _brief(plan: Plan) -> str:
+    unit = "GPU" if plan.machine.accelerator else "rank"
     return (
-        f"{gib(_peak(plan))} of {gib(plan.machine.memory)} per GPU, {plan.seconds.total:.1f} s per "
-        f"step on {plan.gpus} GPUs"
+        f"{gib(_peak(plan))} of {gib(plan.machine.memory)} per {unit}, {plan.seconds.total:.1f} s "
+        f"per step on {plan.gpus} {unit}s"
     )
+
+
+def _count(parameters: int) -> str:
+    if parameters < 1e9:
+        return f"{parameters / 1e6:.2f} M"
+    return f"{parameters / 1e9:.2f} B"
 
 
 def _peak(plan: Plan) -> int:

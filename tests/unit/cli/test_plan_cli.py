@@ -62,3 +62,11 @@ def test_a_search_prints_layouts_of_that_many_gpus(config: str, capsys) -> None:
     assert main(["plan", *MODEL, "--search", "8", "--json", config]) == 0
     found = json.loads(capsys.readouterr().out)
     assert all(each["gpus"] == 8 for each in found)
+
+
+def test_a_search_without_result_says_what_stands_in_the_way(config: str, capsys) -> None:
+    model = ("--model-config", str(MODELS / "DeepSeek-V3"))
+    assert main(["plan", *model, "--search", "61", config, "parallel.pp=61"]) == 4
+    out = capsys.readouterr().out
+    assert out.startswith("No layout of 61 GPUs fits. The configuration as it is:")
+    assert "engine: with tensor_parallel_size=1" in out
