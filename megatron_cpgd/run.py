@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.files import write_text_atomic
+from megatron_cpgd.planning.rates import StepRates, note_machine
+from megatron_cpgd.policy.memory import PeakMemory
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
@@ -30,7 +33,7 @@ from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
 from megatron_cpgd.weight_sync.sync import rollout_dtype
-from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
+from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table
 from megatron_cpgd.weights.table import WeightTable
@@ -56,11 +59,13 @@ class Run:
     roll_backs: int
     """How often the run has gone back to an earlier checkpoint."""
     stop: StopRequest
+    memory: PeakMemory
     prompts: Prompts | None = None
     sampler: Sampler | None = None
     batches: BatchQueue | None = None
     metrics: MetricsLog | None = None
     detector: CollapseDetector | None = None
+    rates: StepRates | None = None
 
 
 @contextmanager
@@ -87,6 +92,7 @@ def start_run(
             setup_logging(rank, folder.log(rank))
         checkpoint = stack.enter_context(HfCheckpoint.open(config.model.path))
         table = weight_table(checkpoint.config)
+        memory = PeakMemory()
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
         dtype = rollout_dtype(config.precision.rollout or config.precision.train)
@@ -97,7 +103,7 @@ def start_run(
         run = Run(
             config=config, folder=folder, policy=policy, table=table, arena=arena,
             done=state["step"], bad_steps=state["bad_steps"], roll_backs=state["roll_backs"],
-            stop=stop or StopRequest(), prompts=prompts, sampler=sampler,
+            stop=stop or StopRequest(), memory=memory, prompts=prompts, sampler=sampler,
         )  # fmt: skip
         if prompts:
             _restore_rank_0(run, state, stack)
@@ -181,12 +187,18 @@ def _start_rank_0(
     prompts = Prompts(config)
     setup_logging(0, folder.log(0))
     folder.write_versions()
+    note_machine(folder.machine, config.tracking.machine, _gpu_name())
     if engine is None:
         engine = start_engine(config, folder.logs / "engine.log")
         stack.callback(engine.close)
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler
+
+
+def _gpu_name() -> str | None:
+    """As the driver has it; None on CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _check_model(config: ExperimentConfig) -> None:
@@ -231,6 +243,7 @@ def _restore_rank_0(run: Run, state: dict[str, Any], stack: ExitStack) -> None:
     )
     stack.callback(run.batches.close)
     run.detector = CollapseDetector(run.config.stability)
+    run.rates = StepRates(read_config(run.config.model.path), run.config, _gpu_name())
     if "prompts" in state:
         run.prompts.stream.load_state(state["prompts"])
         run.batches.load(run.folder.checkpoint(run.done))

@@ -24,6 +24,7 @@ from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.guard import ROLLED_BACK_TO, guard
+from megatron_cpgd.planning.outcome import predicted_and_measured
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.routing_gap import RoutedPass, measure_routing_gap, rollout_routes
 from megatron_cpgd.policy.share import share_sequences
@@ -85,7 +86,7 @@ def train(
         if run.done == config.run.steps:  # no step was left, only the export is missing
             export(run, run.done)
         if run.metrics:
-            print_report(run.folder)
+            print_report(run.folder, predicted_and_measured(run.folder))
 
 
 def _set_old_logprobs(run: Run, sequences: list[TrainSequence], step: int) -> dict[str, Any]:
@@ -261,9 +262,20 @@ def _finish_step(
     seconds = timer.finish_step()
     tokens = metrics.get("rollout/response_tokens", 0)
     metrics["perf/response_tokens_per_s"] = tokens / seconds["time/total_s"]
+    metrics["perf/memory_peak_gib"] = run.memory.gib()
+    if batch and run.rates:
+        metrics |= run.rates.metrics(_lengths(batch), seconds)
     log_step(run, step, metrics | seconds)
     if saves:
         publish(run, step)
+
+
+def _lengths(batch: ScoredBatch) -> list[int]:
+    return [
+        len(group.prompt.token_ids) + len(rollout.token_ids)
+        for group in batch.groups
+        for rollout in group.rollouts
+    ]
 
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The command line: `megatron-cpgd train | config | verify-layout | doctor | convert | eval | ...`.
+"""The command line: `megatron-cpgd train | plan | config | verify-layout | doctor | convert | ...`.
 
 Each command is one thin file; what it needs is imported when it runs, so that checking a
 configuration takes no torch.
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_cpgd.cli import config, convert, doctor, eval, report, train, verify_layout
+from megatron_cpgd.cli import config, convert, doctor, eval, plan, report, train, verify_layout
 from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 INTERRUPTED = 130
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 success, 2 the user's input is wrong, 3 the run cannot go on (the message is on
-        stderr), 130 Ctrl-C, 200 a run stopped by SIGUSR1 or SIGTERM, to be resumed. Any other
-        exception is a defect and propagates with its traceback (exit code 1).
+        stderr), 4 a plan does not fit, 130 Ctrl-C, 200 a run stopped by SIGUSR1 or SIGTERM, to be
+        resumed. Any other exception is a defect and propagates with its traceback (exit code 1).
     """
     arguments = _build_parser().parse_args(argv)
     try:
@@ -50,6 +50,6 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Stable RL post-training of large language models on Megatron-Core (CPGD).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (train, config, verify_layout, doctor, convert, eval, report):
+    for command in (train, plan, config, verify_layout, doctor, convert, eval, report):
         command.add_parser(commands)
     return parser

@@ -19,8 +19,10 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the summary table and write learning_curve.png."""
+    from megatron_cpgd.planning.outcome import predicted_and_measured
     from megatron_cpgd.tracking.report import print_report
     from megatron_cpgd.tracking.run_folder import RunFolder
 
-    print_report(RunFolder(arguments.run_dir))
+    folder = RunFolder(arguments.run_dir)
+    print_report(folder, predicted_and_measured(folder))
     return 0

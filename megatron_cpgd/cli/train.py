@@ -40,9 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
         _check_run_folder(config)
     if folder.is_complete(config.run.steps):
         if rank in (None, "0"):
+            from megatron_cpgd.planning.outcome import predicted_and_measured
             from megatron_cpgd.tracking.report import print_report
 
-            print_report(folder)
+            print_report(folder, predicted_and_measured(folder))
         return 0
     stop_within_s = config.checkpoint.stop_within_s
     if rank is not None:

@@ -13,6 +13,7 @@ from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS, check_algorithm
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_config, check_model_folder
 from megatron_cpgd.config.schema import (
+    MACHINES,
     ExactMatchReward,
     ExperimentConfig,
     FormatReward,
@@ -35,6 +36,15 @@ def check_config(config: ExperimentConfig, model_config: Path | None = None) -> 
     else:
         files = check_model_config(config, model_config)
     return [
+        *check_settings(config),
+        *files,
+        *_world_size(config),
+    ]
+
+
+def check_settings(config: ExperimentConfig) -> list[str]:
+    """The problems that are none of files, of the model or of this machine."""
+    return [
         *check_algorithm(config),
         *_router(config),
         *_inert_switches(config),
@@ -42,8 +52,6 @@ def check_config(config: ExperimentConfig, model_config: Path | None = None) -> 
         *_batch_sizes(config),
         *_evaluations(config),
         *_rewards(config),
-        *files,
-        *_world_size(config),
     ]
 
 
@@ -261,6 +269,12 @@ def _paths(config: ExperimentConfig) -> Iterator[str]:
                 f"{where}={path}: must be a .jsonl or .parquet file, or a folder written by "
                 "`datasets.Dataset.save_to_disk`"
             )
+    machine = config.tracking.machine
+    if machine is not None and machine not in MACHINES and not Path(machine).is_file():
+        yield (
+            f"tracking.machine={machine}: neither one of {', '.join(MACHINES)} nor a file, seen "
+            f"from {Path.cwd()}"
+        )
     if config.run.dir.exists() and not config.run.dir.is_dir():
         yield f"run.dir={config.run.dir}: must be a folder, but is a file"
 

@@ -32,7 +32,7 @@ def check_model_folder(config: ExperimentConfig) -> list[str]:
     path, tokenizer = config.model.path, config.model.tokenizer
     hf, problems = _model(path, "model.path")
     if hf is not None:
-        problems += _sizes(hf, path, config)
+        problems += check_sizes(hf, path, config)
     if tokenizer is not None and not tokenizer.is_dir():
         problems.append(f"model.tokenizer={tokenizer}: no such folder, seen from {Path.cwd()}")
     elif path.is_dir() and not config.model.trust_remote_code:
@@ -46,7 +46,7 @@ def check_model_folder(config: ExperimentConfig) -> list[str]:
 def check_model_config(config: ExperimentConfig, folder: Path) -> list[str]:
     """Problems of a model, and of the sizes that depend on it, whose config.json is in `folder`."""
     hf, problems = _config(folder, "--model-config")
-    return problems if hf is None else [*_sizes(hf, folder, config)]
+    return problems if hf is None else [*check_sizes(hf, folder, config)]
 
 
 def _model(path: Path, where: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -129,7 +129,12 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
 
 
-def _sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
+def check_sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Iterator[str]:
+    """Problems of settings that depend on the model.
+
+    Args:
+        hf: parsed config.json of a supported architecture, in the folder `path`.
+    """
     names = ("num_attention_heads", "num_hidden_layers", "max_position_embeddings")
     bad = [name for name in names if not _is_size(hf.get(name))]
     if bad:

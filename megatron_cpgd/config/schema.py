@@ -273,6 +273,10 @@ class CheckpointConfig(Config):
     is given up. Under Slurm it must be less than the notice, `--signal=USR1@600`."""
 
 
+MACHINES = ("a100", "h100", "h200", "b200", "cpu")
+"""Machines that `planning/machine.py` knows."""
+
+
 class TrackingConfig(Config):
     """What is written about the run."""
 
@@ -282,6 +286,9 @@ class TrackingConfig(Config):
     """Mixtures of experts: steps between measurements of how far the trainer's routes and log-probs
     are from the engine's (`routing/free_*`, `routing/replayed_*`). One takes a further pass without
     gradient, two with `algorithm.old_policy=sampler`, and the engine's routes."""
+    machine: str | None = None
+    """What `plan` and the report predict for: a100, h100, h200, b200, cpu, or a file that
+    `plan --calibrate` wrote. Default: by the name of the GPU; h100 for `plan`."""
 
 
 class ExperimentConfig(Config):

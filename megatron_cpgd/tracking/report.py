@@ -1,6 +1,7 @@
 """What a run has achieved, for the terminal and as a picture."""
 
 import sys
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
@@ -14,8 +15,11 @@ from megatron_cpgd.tracking.plot import plot_learning_curve
 from megatron_cpgd.tracking.run_folder import RunFolder
 
 
-def print_report(folder: RunFolder) -> None:
+def print_report(folder: RunFolder, notes: Sequence[str] = ()) -> None:
     """Print the summary table of metrics.jsonl and its findings, and draw learning_curve.png.
+
+    Args:
+        notes: further lines.
 
     Raises:
         UserError: the folder holds no finished step.
@@ -27,7 +31,7 @@ def print_report(folder: RunFolder) -> None:
         raise UserError(f"{folder.metrics}: no finished step yet")
     plot_learning_curve(rows, folder.learning_curve)
     findings = [finding.message for finding in find_collapses(rows, _stability(folder))]
-    lines = [summary_table(rows), *findings, f"plot: {folder.learning_curve}"]
+    lines = [summary_table(rows), *notes, *findings, f"plot: {folder.learning_curve}"]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -37,6 +37,11 @@ class RunFolder:
         return self.dir / "versions.json"
 
     @property
+    def machine(self) -> Path:
+        """What is assumed of the machine when the run is compared with its prediction."""
+        return self.dir / "machine.yaml"
+
+    @property
     def metrics(self) -> Path:
         """One row for each step."""
         return self.dir / "metrics.jsonl"

@@ -30,7 +30,7 @@ def test_the_command_succeeds_and_prints_a_line_for_each_step(complete_run):
 def test_the_output_folder_is_complete(complete_run):
     names = {path.name for path in complete_run.dir.iterdir()}
     assert names == {
-        "config.yaml", "versions.json", "metrics.jsonl", "learning_curve.png",
+        "config.yaml", "machine.yaml", "versions.json", "metrics.jsonl", "learning_curve.png",
         "rollouts", "checkpoints", "hf", "logs",
     }  # fmt: skip
     saved = [f"step_{step:06d}" for step in (2, 4, 6)]
@@ -61,9 +61,16 @@ def test_each_step_has_one_row_and_every_documented_metric(rows):
         name.replace("eval/<name>", "eval/heldout").replace("<name>", "format")
         for name in re.findall(r"^\| `([a-z]+/[^`]+)` \|", text, flags=re.MULTILINE)
     }
-    # No step was skipped or collapsed; no correction, rejection, mask, balanced clip or replay is
-    # set.
-    absent = {"policy/skipped_reason", "policy/clip_low", "policy/clip_high"} | {
+    # No step was skipped or collapsed; no correction, rejection, mask, balanced clip, replay,
+    # overlap or piece is set. The peak of a CPU is not known.
+    absent = {
+        "policy/skipped_reason",
+        "policy/clip_low",
+        "policy/clip_high",
+        "perf/mfu",
+        "time/wait_s",
+        "time/background_s",
+    } | {
         name
         for name in documented
         if name.startswith(
@@ -71,6 +78,7 @@ def test_each_step_has_one_row_and_every_documented_metric(rows):
                 "rollout/correction_",
                 "rollout/rejected_",
                 "rollout/masked_",
+                "rollout/older_",
                 "routing/",
                 "stability/",
             )

@@ -15,7 +15,7 @@ ROWS = (
     {"sampler", "weight_sync"},
     {"in_flight"},
     {"policy", "rollout", "demo"},
-    {"scored_batch", "doctor"},
+    {"scored_batch", "planning", "doctor"},
     {"algorithm", "data", "weights", "rewards", "tracking", "launch", "slurm"},
     {"stability"},
     {"config"},

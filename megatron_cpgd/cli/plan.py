@@ -1,0 +1,130 @@
+"""`megatron-cpgd plan`: whether and how a job fits, and how long a step takes, before it starts."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_cpgd.cli.arguments import (
+    Commands,
+    add_config_arguments,
+    add_model_config_argument,
+)
+from megatron_cpgd.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_cpgd.planning.machine import Machine
+    from megatron_cpgd.planning.search import Planner
+
+DOES_NOT_FIT = 4
+"""Exit code of a valid configuration that does not fit the machine."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict memory and step time before a run starts",
+        description=(
+            "Predicts the memory of every rank and the seconds of a step, and says what to change "
+            "if it does not fit. Starts nothing. Exit code 0: fits, 4: does not."
+        ),
+    )
+    parser.add_argument(
+        "--machine", help="a100, h100, h200, b200, cpu or a file; default: tracking.machine or h100"
+    )
+    parser.add_argument("--nodes", type=int, help="nodes of the job; default: as many as needed")
+    add_model_config_argument(parser)
+    parser.add_argument(
+        "--response-tokens", type=float, help="assumed mean; default: half of the longest allowed"
+    )
+    parser.add_argument(
+        "--search", metavar="GPUS", type=int, help="the fastest layouts of so many GPUs that fit"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--calibrate",
+        metavar="RUN_DIR",
+        type=Path,
+        help="write a machine file with the rates of a finished run, and plan CONFIG with it",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("machine.yaml"), help="of --calibrate (machine.yaml)"
+    )
+    add_config_arguments(parser, required=False)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a plan or a table of layouts, and write a machine file if asked to."""
+    from megatron_cpgd.config.load import load_config
+    from megatron_cpgd.planning.machine import find_machine
+    from megatron_cpgd.planning.model import read_model
+    from megatron_cpgd.planning.search import Planner
+    from megatron_cpgd.planning.workload import assumed_lengths
+    from megatron_cpgd.weights.hf_checkpoint import read_config
+
+    machine = _calibrate(arguments) if arguments.calibrate else None
+    if arguments.config is None:
+        if machine is None:
+            raise UserError("give a YAML file")
+        return 0
+    config = load_config(arguments.config, arguments.overrides, arguments.model_config)
+    hf = read_config(arguments.model_config or config.model.path)
+    planner = Planner(
+        model=read_model(hf),
+        hf=hf,
+        config=config,
+        machine=machine or find_machine(arguments.machine or config.tracking.machine or "h100"),
+        lengths=assumed_lengths(config, arguments.response_tokens),
+        nodes=arguments.nodes,
+    )
+    if arguments.search:
+        return _search(planner, arguments)
+    return _plan(planner, as_json=arguments.json)
+
+
+def _plan(planner: "Planner", *, as_json: bool) -> int:
+    from megatron_cpgd.planning import report
+    from megatron_cpgd.planning.search import find_fixes
+
+    plan = planner.plan({})
+    assert plan is not None, "the configuration was checked"
+    fixes = [] if plan.fits else find_fixes(planner)
+    if as_json:
+        _print_json(report.as_json(plan, fixes))
+    else:
+        sys.stdout.write(report.format_plan(plan, fixes))
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def _search(planner: "Planner", arguments: argparse.Namespace) -> int:
+    from megatron_cpgd.planning import report
+    from megatron_cpgd.planning.search import search_layouts
+
+    found = search_layouts(planner, arguments.search)
+    if arguments.json:
+        _print_json(report.search_as_json(found))
+    else:
+        given = planner.plan({})
+        assert given is not None, "the configuration was checked"
+        sys.stdout.write(report.format_search(found, given, arguments.search))
+    return 0 if found else DOES_NOT_FIT
+
+
+def _calibrate(arguments: argparse.Namespace) -> "Machine":
+    from megatron_cpgd.planning.machine import find_machine, save_machine
+    from megatron_cpgd.planning.outcome import calibrate
+    from megatron_cpgd.tracking.run_folder import RunFolder
+
+    given = find_machine(arguments.machine) if arguments.machine else None
+    machine, lines = calibrate(RunFolder(arguments.calibrate), given)
+    save_machine(machine, arguments.out)
+    sys.stderr.write("\n".join([*lines, f"written: {arguments.out}"]) + "\n")
+    return machine
+
+
+def _print_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")

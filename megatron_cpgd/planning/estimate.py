@@ -1,0 +1,263 @@
+"""The whole prediction of one run: memory, seconds of a step, and whether it fits."""
+
+from dataclasses import dataclass, replace
+
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.planning.generation import GenerationSeconds, generation_seconds
+from megatron_cpgd.planning.layout import Layout, layout_of
+from megatron_cpgd.planning.machine import Machine
+from megatron_cpgd.planning.memory import (
+    EngineMemory,
+    EngineSettings,
+    HostMemory,
+    RankMemory,
+    engine_memory,
+    host_memory,
+    rank_memory,
+)
+from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.passes import PassSeconds, pass_seconds, update_seconds
+from megatron_cpgd.planning.state import BYTES
+from megatron_cpgd.planning.workload import Lengths, Workload, workload_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeconds:
+    """Of one step; evaluations, checkpoints and exports come on top."""
+
+    generate: float
+    """What the trainer waits for sampling."""
+    old_logprobs: float
+    ref_logprobs: float
+    train: float
+    sync: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.generate + self.old_logprobs + self.ref_logprobs + self.train + self.sync
+            + self.other
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The prediction."""
+
+    layout: Layout
+    machine: Machine
+    workload: Workload
+    nodes: int
+    parameters: int
+    active_parameters: int
+    stages: tuple[RankMemory, ...]
+    engine: EngineMemory
+    host: HostMemory
+    seconds: StepSeconds
+    generation: GenerationSeconds
+    training: PassSeconds
+    problems: tuple[str, ...]
+    """Why it does not fit; empty: it does."""
+    warnings: tuple[str, ...]
+    train_flops: float
+    """Of the training passes of a step, nothing counted twice."""
+
+    @property
+    def worst(self) -> RankMemory:
+        """The rank that needs most, beside the engine if that stays on its GPU."""
+        return max(self.stages, key=lambda stage: stage.total + self.beside(stage.stage))
+
+    def beside(self, stage: int) -> int:
+        """Bytes of the engine on the GPUs of a stage's ranks, while the trainer works."""
+        engine = self.workload.engine
+        if engine.sleeps or not self.machine.accelerator:
+            return 0
+        per_stage = self.layout.world_size // self.layout.pp
+        end = min((stage + 1) * per_stage, self.machine.gpus_per_node)
+        load = max((engine.on_gpu(gpu) for gpu in range(stage * per_stage, end)), default=0)
+        return load * self.engine.claimed
+
+    @property
+    def gpus(self) -> int:
+        """Of trainer and engines."""
+        return _gpus(self.layout, self.workload.engine, self.machine)
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs of the training passes over what the GPUs could do in their time."""
+        peak = self.machine.flops[self.workload.trainer.passes.precision]
+        return self.train_flops / (self.seconds.train * peak * self.layout.world_size)
+
+
+def make_plan(
+    model: Model, config: ExperimentConfig, machine: Machine, lengths: Lengths,
+    *, nodes: int | None = None,
+) -> Plan:  # fmt: skip
+    """The prediction of a configuration whose own checks have passed."""
+    layout = layout_of(config.parallel)
+    return estimate(model, layout, machine, workload_of(config, machine, lengths), nodes=nodes)
+
+
+def estimate(
+    model: Model, layout: Layout, machine: Machine, workload: Workload, *, nodes: int | None = None
+) -> Plan:
+    """The prediction of a workload under a layout."""
+    trainer, engine = workload.trainer, workload.engine
+    engine_bytes = engine_memory(model, engine, machine)
+    generation = generation_seconds(model, machine, engine, engine_bytes, workload.requests)
+    training = _training(model, layout, machine, workload)
+    stages = tuple(rank_memory(model, layout, s, trainer, machine) for s in range(layout.pp))
+    plan = Plan(
+        layout=layout,
+        machine=machine,
+        workload=workload,
+        nodes=nodes or -(-_gpus(layout, engine, machine) // machine.gpus_per_node),
+        parameters=model.parameters,
+        active_parameters=model.active_parameters,
+        stages=stages,
+        engine=engine_bytes,
+        host=host_memory(
+            model, layout, trainer, engine, machine,
+            batch_tokens=workload.tokens, routes=workload.routes,
+        ),
+        seconds=_step_seconds(model, layout, machine, workload, generation, training),
+        generation=generation,
+        training=training,
+        problems=(),
+        warnings=(),
+        train_flops=workload.epochs * model.train_flops(
+            workload.batch.tokens, workload.batch.length
+        ),
+    )  # fmt: skip
+    return replace(plan, problems=tuple(_problems(plan)), warnings=tuple(_warnings(plan)))
+
+
+def _step_seconds(
+    model: Model, layout: Layout, machine: Machine, workload: Workload,
+    generation: GenerationSeconds, training: PassSeconds,
+) -> StepSeconds:  # fmt: skip
+    passes = workload.trainer.passes
+    batch = replace(workload.batch, micro_tokens=workload.logprob_micro_tokens)
+    forward = pass_seconds(model, layout, machine, passes, batch, backward=False).total
+    reference = 0.0
+    if workload.trainer.reference:
+        shard = passes.element * model.parameters / (layout.tp * layout.pp * layout.ep)
+        reference = forward + 4 * shard / machine.pcie
+    old_logprobs = workload.forward_passes * forward
+    hidden = old_logprobs + reference + training.total if workload.overlap else 0.0
+    return StepSeconds(
+        generate=max(generation.total - hidden, 0.0),
+        old_logprobs=old_logprobs,
+        ref_logprobs=reference,
+        train=training.total,
+        sync=_sync_seconds(model, machine, workload.engine),
+        other=machine.efficiency.other_s,
+    )
+
+
+def _training(model: Model, layout: Layout, machine: Machine, workload: Workload) -> PassSeconds:
+    """All optimizer steps of a step."""
+    passes, updates = workload.trainer.passes, workload.updates
+    batch = replace(workload.batch, tokens=workload.batch.tokens * workload.epochs / updates)
+    one = pass_seconds(model, layout, machine, passes, batch, backward=True)
+    update = update_seconds(model, layout, machine, passes)
+    return PassSeconds(
+        **{
+            name: updates * (getattr(one, name) + getattr(update, name))
+            for name in PassSeconds.__dataclass_fields__
+        }
+    )
+
+
+def _sync_seconds(model: Model, machine: Machine, engine: EngineSettings) -> float:
+    """Written to the arena by all ranks, summed by rank 0, read and summed by the engine."""
+    nbytes = BYTES[engine.precision] * model.parameters
+    seconds = nbytes / machine.efficiency.host_copy + nbytes / machine.pcie
+    return machine.efficiency.sync_factor * seconds
+
+
+def _problems(plan: Plan) -> list[str]:
+    machine, layout, engine = plan.machine, plan.layout, plan.workload.engine
+    problems = []
+    if layout.tp > machine.gpus_per_node:
+        problems.append(
+            f"parallel.tp={layout.tp} crosses nodes of {machine.gpus_per_node} GPUs; keep it inside"
+        )
+    available = plan.nodes * machine.gpus_per_node
+    if machine.accelerator and layout.world_size > available:
+        problems.append(
+            f"parallel.* needs {layout.world_size} GPUs, {plan.nodes} nodes have {available}"
+        )
+    if machine.accelerator and max(engine.devices or (0,)) >= machine.gpus_per_node:
+        problems.append(
+            f"rollout.devices={list(engine.devices or ())}: a node has the GPUs 0 to "
+            f"{machine.gpus_per_node - 1}"
+        )
+    if not machine.accelerator:
+        return problems + _cpu_problems(plan)
+    worst = plan.worst
+    needed = worst.total + plan.beside(worst.stage)
+    if needed > machine.usable_memory:
+        beside = plan.beside(worst.stage)
+        shared = f", {gib(beside)} of them the engine's" if beside else ""
+        problems.append(
+            f"GPU memory: a rank of stage {worst.stage} needs {gib(needed)}{shared}; of a GPU "
+            f"{gib(machine.usable_memory)} may be filled"
+        )
+    requests = plan.workload.requests
+    longest = requests.longest + requests.prompt_tokens
+    if plan.engine.cache_tokens < longest:
+        problems.append(
+            f"engine: with tensor_parallel_size={engine.tp} its GPU holds "
+            f"{gib(plan.engine.weights)} of weights and {plan.engine.cache_tokens} tokens of KV "
+            f"cache, a sequence may have {longest:.0f}"
+        )
+    if plan.host.total > machine.host_memory:
+        problems.append(
+            f"host memory: {gib(plan.host.total)} on the first node, which has "
+            f"{gib(machine.host_memory)}"
+        )
+    return problems
+
+
+def _cpu_problems(plan: Plan) -> list[str]:
+    """All processes share the memory of the host."""
+    per_stage = plan.layout.world_size // plan.layout.pp
+    ranks = sum(stage.total * per_stage for stage in plan.stages)
+    needed = ranks + plan.workload.engine.engines * plan.engine.claimed + plan.host.total
+    usable = plan.machine.usable_memory
+    if needed <= usable:
+        return []
+    return [f"memory: all processes need {gib(needed)}; of the host {gib(usable)} may be filled"]
+
+
+def _warnings(plan: Plan) -> list[str]:
+    machine, layout = plan.machine, plan.layout
+    warnings = []
+    if layout.ep * layout.etp > machine.gpus_per_node:
+        warnings.append(
+            f"parallel.ep={layout.ep} * etp={layout.etp} is wider than NVLink reaches "
+            f"({machine.gpus_per_node} GPUs): tokens travel to their experts over the network"
+        )
+    used = _gpus(layout, plan.workload.engine, machine)
+    available = plan.nodes * machine.gpus_per_node
+    if machine.accelerator and used < available:
+        warnings.append(f"the run uses {used} of {available} GPUs on {plan.nodes} nodes")
+    return warnings
+
+
+def _gpus(layout: Layout, engine: EngineSettings, machine: Machine) -> int:
+    """GPUs up to the last one that trainer or engines use; those of engines are on the first
+    host."""
+    last = max(engine.devices or (0,)) + 1
+    return max(layout.world_size, min(last, machine.gpus_per_node))
+
+
+def gib(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,96 @@
+"""Seconds of sampling a batch: prompts are computed once, then tokens are decoded one by one."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_cpgd.planning.machine import Machine
+from megatron_cpgd.planning.memory import EngineMemory, EngineSettings
+from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.state import BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requests:
+    """What is sampled in a step."""
+
+    prompts: int
+    samples: int
+    """Of each prompt."""
+    prompt_tokens: float
+    """Mean of a prompt."""
+    response_tokens: float
+    """Mean of a response."""
+    longest: int
+    """Bound of a response; some are as long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSeconds:
+    """Of one batch, on each engine."""
+
+    prefill: float
+    decode: float
+    concurrent: float
+    """Mean number of sequences that are decoded together."""
+    iterations: float
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.decode
+
+
+def generation_seconds(
+    model: Model, machine: Machine, engine: EngineSettings, memory: EngineMemory, requests: Requests
+) -> GenerationSeconds:
+    """The batch is spread evenly over the engines.
+
+    As many sequences are decoded together as the cache and `max_num_seqs` allow; there are at least
+    as many iterations as the longest response has tokens, at the end for few sequences.
+    """
+    factor = machine.efficiency.generate_factor
+    sequences = requests.prompts * requests.samples / engine.engines
+    context = requests.prompt_tokens + requests.response_tokens / 2
+    # What one needs at its end is reserved for it, in the mean of many.
+    room = max(memory.cache_tokens / (requests.prompt_tokens + requests.response_tokens), 1)
+    limit = min(sequences, engine.max_sequences, room)
+    tokens = sequences * requests.response_tokens
+    iterations = max(tokens / limit, float(requests.longest))
+    concurrent = tokens / iterations
+    prompts = requests.prompts / engine.engines * requests.prompt_tokens
+    flops = machine.flops[engine.precision] * machine.efficiency.dense * engine.tp
+    prefill = model.forward_flops(prompts, requests.prompt_tokens) / flops
+    decode = iterations * iteration_seconds(model, machine, engine, concurrent, context)
+    return GenerationSeconds(
+        prefill=prefill * factor, decode=decode * factor, concurrent=concurrent,
+        iterations=iterations,
+    )  # fmt: skip
+
+
+def iteration_seconds(
+    model: Model, machine: Machine, engine: EngineSettings, sequences: float, context: float
+) -> float:
+    """One token for each of so many sequences: reading weights and cache or computing, whichever
+    takes longer; two sums over the engine's GPUs per layer; the engine's own work."""
+    efficiency, element = machine.efficiency, BYTES[engine.precision]
+    read = element * _touched_parameters(model, sequences) / engine.tp
+    read += sequences * context * model.kv_bytes(engine.tp, element)
+    memory_s = read / (machine.bandwidth * efficiency.bandwidth)
+    flops = model.forward_flops(sequences, 2 * context) / engine.tp  # every token sees all before
+    compute_s = flops / (machine.flops[engine.precision] * efficiency.dense)
+    sums = 2 * model.decoder.layers
+    payload = 2 * sequences * model.decoder.hidden * element
+    link_s = sums * machine.transfer_s(payload, engine.tp)
+    own = efficiency.iteration_s + efficiency.sequence_s * sequences
+    return max(memory_s, compute_s) + link_s + own
+
+
+def _touched_parameters(model: Model, tokens: float) -> float:
+    """Elements that a decoding iteration reads: of the experts, those that some token is sent to,
+    if tokens choose evenly."""
+    experts = model.decoder.experts
+    active = float(model.active_parameters)
+    if experts is None:
+        return active
+    chosen = sum(of_experts for _, of_experts in model.layer_matmuls)
+    share = 1 - math.pow(1 - model.top_k / experts.count, tokens)
+    return active - chosen + chosen * experts.count / model.top_k * share

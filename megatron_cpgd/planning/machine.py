@@ -1,0 +1,195 @@
+"""Machines a run may be planned for: data sheets, and how much of them a run reaches.
+
+Data sheets: NVIDIA "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (2023), "H200 Tensor Core
+GPU" (2024) and "DGX B200" (2024); all rates are without sparsity and per direction. Memory is what
+the driver reports of it. Network and host memory are those of a DGX of the same generation.
+"""
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_cpgd.config.yaml_io import format_yaml, read_yaml
+from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.files import write_text_atomic
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """What is assumed beside the data sheet; `plan --calibrate` fits the three factors.
+
+    The shares are typical of bf16 runs on Hopper; of none of ours, which has not seen a GPU.
+    """
+
+    dense: float = 0.45
+    """Share of the peak that dense matrix products and attention reach, without waiting."""
+    experts: float = 0.25
+    """The same of the grouped products of experts, which are small and uneven."""
+    bandwidth: float = 0.6
+    """Share of the memory bandwidth that decoding and elementwise steps reach."""
+    moves: float = 4.0
+    """How often elementwise steps read or write each byte that autograd saves, forward and
+    backward."""
+    link: float = 0.7
+    """Share of a link's rate that collectives reach."""
+    hop_s: float = 15e-6
+    """Latency of one collective inside a node."""
+    network_hop_s: float = 60e-6
+    """Latency of one collective between nodes."""
+    layer_s: float = 4e-4
+    """Launching the kernels of one layer, forward and backward, of one micro-batch."""
+    iteration_s: float = 6e-3
+    """The engine's own work for one decoding iteration."""
+    sequence_s: float = 10e-6
+    """The engine's own work for one token of one sequence."""
+    host_copy: float = 2e9
+    """Bytes per second of a weight through the arena: written, summed twice, read."""
+    train_factor: float = 1.0
+    """Measured / predicted time of the trainer's passes."""
+    generate_factor: float = 1.0
+    """The same of sampling."""
+    sync_factor: float = 1.0
+    """The same of the weight sync."""
+    other_s: float = 0.0
+    """Seconds of a step that are in no formula: rewards, bookkeeping."""
+    rank_memory: int = 3 * GIB
+    """Of each rank, in no formula: context, communicators, workspaces of libraries."""
+    fragmentation: float = 0.05
+    """Share of activations that the allocator loses."""
+    usable: float = 0.95
+    """Share of the memory that a plan may fill."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One kind of node. On a CPU machine a "GPU" is one process."""
+
+    name: str
+    gpus_per_node: int
+    memory: int
+    """Bytes of one GPU; on CPU those of the host, which all processes share."""
+    bandwidth: float
+    """Bytes per second of a GPU's memory."""
+    flops: dict[str, float]
+    """Peak of dense matrix products per second, by number format."""
+    nvlink: float
+    """Bytes per second between the GPUs of a node."""
+    network: float
+    """Bytes per second and GPU between nodes."""
+    pcie: float
+    """Bytes per second between a GPU and its host."""
+    host_memory: int
+    """Bytes of one node."""
+    accelerator: bool = True
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes of `memory` that a plan may fill."""
+        return int(self.efficiency.usable * self.memory)
+
+    def link(self, ranks: int) -> tuple[float, float]:
+        """Bytes per second and latency of a collective over so many neighbouring ranks."""
+        inside = ranks <= self.gpus_per_node
+        rate = self.nvlink if inside else self.network
+        hop = self.efficiency.hop_s if inside else self.efficiency.network_hop_s
+        return rate * self.efficiency.link, hop
+
+    def transfer_s(self, payload: float, ranks: int) -> float:
+        """Seconds in which each of so many ranks sends so many bytes."""
+        if ranks == 1:
+            return 0.0
+        rate, hop = self.link(ranks)
+        return payload / rate + hop
+
+
+def _gpu(
+    name: str, *, memory_mib: int, bandwidth: float, bf16: float, fp8: float | None, fp32: float,
+    nvlink: float, network: float, pcie: float,
+) -> Machine:  # fmt: skip
+    flops = {"bf16": bf16, "fp32": fp32} | ({"fp8": fp8} if fp8 else {})
+    return Machine(
+        name=name, gpus_per_node=8, memory=memory_mib * 2**20, bandwidth=bandwidth, flops=flops,
+        nvlink=nvlink, network=network, pcie=pcie, host_memory=2 * 10**12,
+    )  # fmt: skip
+
+
+GPUS = {
+    machine.name: machine
+    for machine in (
+        _gpu(
+            "a100", memory_mib=81_920, bandwidth=2.039e12, bf16=312e12, fp8=None, fp32=19.5e12,
+            nvlink=300e9, network=25e9, pcie=32e9,
+        ),
+        _gpu(
+            "h100", memory_mib=81_559, bandwidth=3.35e12, bf16=989e12, fp8=1979e12, fp32=67e12,
+            nvlink=450e9, network=50e9, pcie=64e9,
+        ),
+        _gpu(
+            "h200", memory_mib=143_771, bandwidth=4.8e12, bf16=989e12, fp8=1979e12, fp32=67e12,
+            nvlink=450e9, network=50e9, pcie=64e9,
+        ),
+        _gpu(
+            "b200", memory_mib=183_359, bandwidth=8e12, bf16=2250e12, fp8=4500e12, fp32=75e12,
+            nvlink=900e9, network=50e9, pcie=64e9,
+        ),
+    )
+}  # fmt: skip
+"""By the name that `--machine` takes."""
+
+
+def cpu_machine() -> Machine:
+    """This host: its cores and memory, and the rates of one slow core.
+
+    The constants are rough means over the demo on a shared 2-core machine: calibrate.
+    """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        name="cpu", gpus_per_node=os.cpu_count() or 1, memory=host, bandwidth=8e9,
+        flops={"fp32": 100e9, "bf16": 100e9}, nvlink=1e9, network=1e8, pcie=8e9, host_memory=host,
+        accelerator=False,
+        efficiency=Efficiency(
+            dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
+            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 4,
+            fragmentation=0.1,
+        ),
+    )  # fmt: skip
+
+
+def find_machine(name: str) -> Machine:
+    """A machine of the table, or the one that `save_machine` wrote to this file.
+
+    Raises:
+        ConfigError: there is no such machine, or the file is not one.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    if name == "cpu":
+        return cpu_machine()
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"--machine {name}: neither one of {', '.join([*sorted(GPUS), 'cpu'])} nor a file"
+        )
+    try:
+        return TypeAdapter(Machine).validate_python(read_yaml(Path(name)))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            f"--machine {name}: not a machine as `plan --calibrate` writes it: "
+            f"{'; '.join(problems)}"
+        ) from error
+
+
+def save_machine(machine: Machine, path: Path) -> None:
+    """Write a machine as YAML that `find_machine` reads back equal."""
+    write_text_atomic(path, format_yaml(asdict(machine)))
+
+
+def with_factors(machine: Machine, **values: Any) -> Machine:
+    """The machine with some constants of its efficiency replaced."""
+    return replace(machine, efficiency=replace(machine.efficiency, **values))

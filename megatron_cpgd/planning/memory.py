@@ -1,0 +1,193 @@
+"""Memory of the ranks, of the engine and of the hosts."""
+
+from dataclasses import dataclass
+
+from megatron_cpgd.planning.activations import (
+    Passes,
+    head_bytes,
+    stage_activations,
+    working_bytes,
+)
+from megatron_cpgd.planning.layout import Layout
+from megatron_cpgd.planning.machine import GIB, Machine
+from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.state import BYTES, Precision, state_bytes
+
+REFERENCE_PIECE = 16 << 20
+"""As PIECE_BYTES of policy/reference.py."""
+HOST_PROCESS = 3 * GIB
+"""Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
+TOKEN_RECORD = 64
+"""Bytes of a token of the batch on the host: ids, log-probs, advantage, coefficients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank of one pipeline stage, at its fullest."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Saved for the backward passes of all micro-batches in flight."""
+    working: int
+    """Of the layer, or of the log-probs, whose backward pass runs."""
+    reference: int
+    """The piece that is being exchanged with the host; on CPU the whole shard."""
+    mapped: int
+    """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
+    overhead: int
+    """Context, communicators and workspaces, and what the allocator loses."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights + self.gradients + self.optimizer + self.activations + self.working
+            + self.reference + self.mapped + self.overhead
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """Bytes of one of the engine's GPUs."""
+
+    ranks: int
+    """GPUs of one engine."""
+    weights: int
+    cache: int
+    """Of the KV cache."""
+    cache_tokens: int
+    """Tokens that fit into it."""
+    claimed: int
+    """What the engine takes, used or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """Bytes of the busiest host."""
+
+    arena: int
+    """All weights in shared memory, between trainer and engine."""
+    reference: int
+    """The pinned shards of its ranks."""
+    batch: int
+    """Tokens and routes of a step, on every rank."""
+    processes: int
+
+    @property
+    def total(self) -> int:
+        return self.arena + self.reference + self.batch + self.processes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings:
+    """What the trainer's memory depends on beside model and layout."""
+
+    passes: Passes
+    distributed_optimizer: bool
+    micro_tokens: int
+    """Of the largest micro-batch with gradient."""
+    chunk_tokens: int
+    reference: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """The sampling engines."""
+
+    tp: int
+    precision: Precision
+    utilization: float
+    """Share of a GPU's memory that an engine claims."""
+    max_sequences: int
+    cache_bytes: int | None = None
+    """Of the KV cache, if it is set instead."""
+    engines: int = 1
+    devices: tuple[int, ...] | None = None
+    """GPUs of the first host that the engines take in equal shares; None: each takes the first."""
+    sleeps: bool = False
+    """Gives its memory back while the trainer works. Those of this version do not."""
+
+    def on_gpu(self, gpu: int) -> int:
+        """How many engines have a part of theirs on this GPU of the first host."""
+        if self.devices is None:
+            return self.engines if gpu < self.tp else 0
+        share = len(self.devices) // self.engines
+        parts = [self.devices[i * share : (i + 1) * share][: self.tp] for i in range(self.engines)]
+        return sum(gpu in part for part in parts)
+
+
+def rank_memory(
+    model: Model, layout: Layout, stage: int, settings: TrainerSettings, machine: Machine
+) -> RankMemory:
+    """Of a rank of one stage."""
+    passes, tokens = settings.passes, settings.micro_tokens
+    state = state_bytes(
+        model, layout, stage,
+        precision=passes.precision, distributed=settings.distributed_optimizer,
+    )  # fmt: skip
+    activations = stage_activations(model, layout, stage, tokens, passes)
+    working = working_bytes(model, layout, stage, tokens, passes)
+    if stage == layout.pp - 1:
+        # The head's backward pass is over before that of the last layer begins.
+        head = head_bytes(model, layout, tokens, settings.chunk_tokens, passes)
+        working = max(working, head)
+    reference = 0
+    if settings.reference:
+        reference = REFERENCE_PIECE if machine.accelerator else state.weights
+    mapped = 0
+    if not machine.accelerator:  # rank 0 reads the whole arena to sum it
+        mapped = passes.element * model.parameters + state.weights
+    lost = machine.efficiency.fragmentation * (activations + working)
+    return RankMemory(
+        stage=stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer,
+        activations=int(activations), working=int(working), reference=reference, mapped=mapped,
+        overhead=int(machine.efficiency.rank_memory + lost),
+    )  # fmt: skip
+
+
+def engine_memory(model: Model, settings: EngineSettings, machine: Machine) -> EngineMemory:
+    """Of one GPU of an engine, cut by tensor parallelism alone."""
+    element = BYTES[settings.precision]
+    weights = element * model.parameters // settings.tp
+    per_token = model.kv_bytes(settings.tp, element)
+    if settings.cache_bytes is not None:
+        cache, claimed = settings.cache_bytes, weights + settings.cache_bytes
+    else:
+        claimed = int(settings.utilization * machine.memory)
+        # vLLM takes its own working memory off first.
+        cache = max(claimed - weights - int(0.05 * machine.memory), 0)
+    return EngineMemory(
+        ranks=settings.tp, weights=weights, cache=cache, cache_tokens=int(cache / per_token),
+        claimed=claimed,
+    )  # fmt: skip
+
+
+def host_memory(
+    model: Model, layout: Layout, settings: TrainerSettings, engine: EngineSettings,
+    machine: Machine, *, batch_tokens: int, routes: bool,
+) -> HostMemory:  # fmt: skip
+    """Of the host with rank 0 and the engine.
+
+    Args:
+        batch_tokens: prompts and responses of a step.
+        routes: the routes of every token are kept.
+    """
+    ranks = min(layout.world_size, machine.gpus_per_node)
+    weights = max(
+        state_bytes(
+            model, layout, stage, precision=settings.passes.precision, distributed=False
+        ).weights
+        for stage in range(layout.pp)
+    )
+    route_bytes = 2 * len(model.decoder.moe_layers) * model.top_k if routes else 0
+    held = machine.accelerator and settings.reference  # else it is counted with the rank
+    workers = min(engine.tp * engine.engines, machine.gpus_per_node)
+    processes = HOST_PROCESS * (ranks + workers) if machine.accelerator else 0
+    return HostMemory(
+        arena=BYTES[engine.precision] * model.parameters,
+        reference=weights * ranks if held else 0,
+        batch=batch_tokens * (TOKEN_RECORD + route_bytes) * ranks,
+        processes=processes,
+    )

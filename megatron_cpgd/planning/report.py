@@ -1,0 +1,175 @@
+"""A plan for people and for programs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_cpgd.planning.estimate import Plan, gib
+from megatron_cpgd.planning.memory import RankMemory
+from megatron_cpgd.planning.search import Candidate
+
+
+def format_plan(plan: Plan, fixes: Sequence[Candidate] = ()) -> str:
+    """Memory, seconds and verdict, and what to change."""
+    blocks = [_heading(plan), _memory(plan), _seconds(plan), _verdict(plan)]
+    if fixes:
+        lines = [f"  {fix.command_line}   ({_brief(fix.plan)})" for fix in fixes]
+        blocks.append("\n".join(["It would fit with one of these lines:", *lines]))
+    elif not plan.fits:
+        blocks.append("No change of up to three settings that were tried makes it fit.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def format_search(found: Sequence[Candidate], given: Plan, gpus: int, *, shown: int = 10) -> str:
+    """The fastest layouts as a table, or what is wrong with the given one."""
+    if not found:
+        lines = [f"No layout of {gpus} GPUs fits. The configuration as it is:", *given.problems]
+        return "\n  ".join(lines) + "\n"
+    header = ["#", "s/step", "train s", "GiB/GPU", "MFU", "settings"]
+    rows = [header] + [
+        [
+            str(number),
+            f"{each.plan.seconds.total:.1f}",
+            f"{each.plan.seconds.train:.1f}",
+            f"{_peak(each.plan) / 2**30:.1f}",
+            f"{each.plan.mfu:.2f}",
+            each.command_line,
+        ]
+        for number, each in enumerate(found[:shown], start=1)
+    ]
+    return f"{len(found)} layouts of {gpus} GPUs fit.\n\n{_table(rows)}\n"
+
+
+def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
+    """Everything that is predicted, in bytes and seconds."""
+    return {
+        "fits": plan.fits,
+        "problems": list(plan.problems),
+        "warnings": list(plan.warnings),
+        "machine": plan.machine.name,
+        "nodes": plan.nodes,
+        "gpus": plan.gpus,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "layout": asdict(plan.layout),
+        "tokens": plan.workload.tokens,
+        "memory": {
+            "worst_stage": plan.worst.stage,
+            "worst_bytes": plan.worst.total + plan.beside(plan.worst.stage),
+            "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
+            "engine": asdict(plan.engine),
+            "host": asdict(plan.host) | {"total": plan.host.total},
+        },
+        "seconds": asdict(plan.seconds) | {"total": plan.seconds.total},
+        "training": asdict(plan.training),
+        "generation": asdict(plan.generation),
+        "mfu": plan.mfu,
+        "fixes": [{"overrides": fix.overrides, "seconds": fix.plan.seconds.total} for fix in fixes],
+    }
+
+
+def search_as_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Every layout that fits."""
+    return [{"overrides": each.overrides} | as_json(each.plan) for each in found]
+
+
+def _heading(plan: Plan) -> str:
+    layout, requests = plan.layout, plan.workload.requests
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")}
+    axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+    active = ""
+    if plan.active_parameters < plan.parameters / 2:
+        active = f", {_count(plan.active_parameters)} of them per token"
+    return (
+        f"{_count(plan.parameters)} parameters{active}; {axes}; {layout.world_size} ranks on "
+        f"{plan.nodes} x {plan.machine.name}\n"
+        f"{requests.prompts * requests.samples} responses of {requests.response_tokens:.0f} tokens "
+        f"(assumed mean), prompts of {requests.prompt_tokens:.0f}, {plan.workload.updates} "
+        f"optimizer steps"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    worst, beside = plan.worst, plan.beside(plan.worst.stage)
+    parts = {
+        "weights": worst.weights,
+        "gradients": worst.gradients,
+        "optimizer": worst.optimizer,
+        "activations": worst.activations,
+        "working set": worst.working,
+        "reference": worst.reference,
+        "mapped": worst.mapped,
+        "overhead": worst.overhead,
+        "engine": beside,
+    }
+    rows = [["memory", f"stage {worst.stage}, the worst"]]
+    rows += [[name, gib(size)] for name, size in parts.items() if size]
+    rows.append(["total", f"{gib(worst.total + beside)} of {gib(plan.machine.memory)}"])
+    others = [stage for stage in plan.stages if stage.stage != worst.stage]
+    if others:
+        low, high = min(others, key=_total), max(others, key=_total)
+        rows.append(["other stages", f"{gib(low.total)} to {gib(high.total)}"])
+    rows.append(["engine's GPU", gib(plan.engine.claimed)])
+    rows.append(["  KV cache", f"{plan.engine.cache_tokens} tokens"])
+    rows.append(["host", f"{gib(plan.host.total)}, {gib(plan.host.arena)} of them in /dev/shm"])
+    return _table(rows)
+
+
+def _seconds(plan: Plan) -> str:
+    seconds, training = plan.seconds, plan.training
+    rows = [["seconds", "step", ""]]
+    notes = {
+        "generate": f"{plan.generation.concurrent:.0f} sequences together, "
+        f"{plan.generation.iterations:.0f} iterations",
+        "train": ", ".join(
+            f"{name.replace('_', ' ')} {value / max(training.total, 1e-9):.0%}"
+            for name, value in asdict(training).items()
+            if value > 0.02 * training.total
+        ),
+    }
+    for name, value in asdict(seconds).items():
+        if value:
+            rows.append([name, f"{value:.1f}", notes.get(name, "")])
+    rows.append(["total", f"{seconds.total:.1f}", f"MFU of training {plan.mfu:.2f}"])
+    return _table(rows)
+
+
+def _verdict(plan: Plan) -> str:
+    lines = [f"warning: {text}" for text in plan.warnings]
+    if plan.fits:
+        return "\n".join([*lines, f"FITS: {_brief(plan)}"])
+    return "\n".join([*lines, *(f"DOES NOT FIT: {text}" for text in plan.problems)])
+
+
+def _brief(plan: Plan) -> str:
+    unit = "GPU" if plan.machine.accelerator else "rank"
+    return (
+        f"{gib(_peak(plan))} of {gib(plan.machine.memory)} per {unit}, {plan.seconds.total:.1f} s "
+        f"per step on {plan.gpus} {unit}s"
+    )
+
+
+def _count(parameters: int) -> str:
+    if parameters < 1e9:
+        return f"{parameters / 1e6:.2f} M"
+    return f"{parameters / 1e9:.2f} B"
+
+
+def _peak(plan: Plan) -> int:
+    return plan.worst.total + plan.beside(plan.worst.stage)
+
+
+def _total(stage: RankMemory) -> int:
+    return stage.total
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns: text left, but the second one right if there are three."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    *inner, _ = range(len(widths))
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [row[i].rjust(widths[i]) for i in inner[1:]]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)
