@@ -154,6 +154,7 @@ def _latent_attention(model: Model, passes: Passes) -> tuple[float, float]:
     assert latent is not None
     rotated = latent.qk_head_dim + latent.rotary_dim
     up = 2 * rotated + rotated + latent.qk_head_dim + 3 * latent.v_head_dim
-    down = latent.q_rank + latent.kv_rank + latent.rotary_dim
-    norms = _norm(latent.q_rank + latent.kv_rank, passes)
+    query_rank = latent.q_rank or 0  # None: queries come from the hidden state
+    down = query_rank + latent.kv_rank + latent.rotary_dim
+    norms = _norm(query_rank + latent.kv_rank, passes)
     return element * decoder.heads * up + 4 * decoder.heads, element * down + norms

@@ -23,12 +23,14 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "tied_pp2_bf16": ("tied", {"pp": 2}, "bf16", True),
     "tp2_dp2_ep2_etp2_bf16": ("qwen3_moe", {"tp": 2, "dp": 2, "ep": 2, "etp": 2}, "bf16", True),
     "glm_dp4_ep2_bf16": ("glm4_moe", {"dp": 4, "ep": 2}, "bf16", True),
+    "gpt_oss_tp2_ep2_fp32": ("gpt_oss", {"tp": 2, "ep": 2}, "fp32", True),
 }
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "tied": {"head_dim": 64, "tie_word_embeddings": True},
     "qwen3_moe": {"head_dim": 64, "mlp_only_layers": [1]},
     "glm4_moe": {"head_dim": 64},
+    "gpt_oss": {"head_dim": 64},
     "deepseek_v3": {},
 }
 WIDE = {
