@@ -148,7 +148,7 @@ class RouteComparison:
         """Counters of this rank, on the device."""
         options: dict[str, Any] = {"dtype": torch.int32, "device": device.current()}
         self._by_layer = torch.zeros(layers, 2, **options)
-        # In the number of layers; padding has the last place.
+        # Layers that differ, and layers with a route; padding has the last place.
         self._by_token = torch.zeros(tokens + 1, 2, **options)
         self._waiting: dict[LayerRouting, tuple[Tensor, Tensor]] = {}
 
