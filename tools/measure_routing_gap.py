@@ -118,6 +118,7 @@ def copy_with_noise(source: Path, target: Path, noise: float) -> Path:
     """A copy of a checkpoint; the noise is always the same but for its size."""
     shutil.copytree(source, target)
     generator = torch.Generator().manual_seed(0)
+    routers = 0
     for path in sorted(target.glob("*.safetensors")):
         with TensorFile.open(path, writable=True) as file:
             for name in sorted(file.names):
@@ -125,6 +126,8 @@ def copy_with_noise(source: Path, target: Path, noise: float) -> Path:
                     weight = file.view(name)
                     scale = noise * weight.float().square().mean().sqrt()
                     weight.add_(scale * torch.randn(weight.shape, generator=generator))
+                    routers += 1
+    assert routers > 0, f"no router's weight is known by its name in {source}"
     return target
 
 
