@@ -1,4 +1,4 @@
-"""The command line: `megatron-cpgd train | config | convert | eval | report`.
+"""The command line: `megatron-cpgd train | config | verify-layout | convert | eval | report`.
 
 Each command is one thin file; what it needs is imported when it runs, so that checking a
 configuration takes no torch.
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_cpgd.cli import config, convert, eval, report, train
+from megatron_cpgd.cli import config, convert, eval, report, train, verify_layout
 from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 INTERRUPTED = 130
@@ -50,6 +50,6 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Stable RL post-training of large language models on Megatron-Core (CPGD).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (train, config, convert, eval, report):
+    for command in (train, config, verify_layout, convert, eval, report):
         command.add_parser(commands)
     return parser

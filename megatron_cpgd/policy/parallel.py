@@ -99,6 +99,7 @@ def init_model_parallel(config: ParallelConfig, *, seed: int) -> ParallelInfo:
             context_parallel_size=config.cp,
             expert_model_parallel_size=config.ep,
             expert_tensor_parallel_size=config.etp,
+            create_gloo_process_groups=dist.get_backend() != "fake",  # those would be real
         )
     model_parallel_cuda_manual_seed(seed + 1)  # the seed must be positive
     return parallel_info(config)

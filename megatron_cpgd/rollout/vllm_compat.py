@@ -12,18 +12,26 @@ other kind.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
 from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import get_num_experts
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
+from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 SUPPORTED = "0.25."
 
@@ -104,6 +112,48 @@ def _abort_reload(model: nn.Module) -> None:
             info.reset()
     layerwise.LOADING_LAYERS.clear()
     model._do_torchao_reload = model._original_do_torchao_reload
+
+
+def build_rank(folder: Path, *, rank: int, size: int, expert_parallel: bool) -> nn.Module:
+    """The model of one of `size` tensor-parallel ranks, on the meta device.
+
+    The process is alone and only believes that it is that rank.
+    """
+    arguments = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=128
+    )
+    config = arguments.create_engine_config()
+    sizes = config.parallel_config
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            address = get_distributed_init_method("127.0.0.1", get_open_port())
+            parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
+        parallel_state.destroy_model_parallel()  # that of another rank, or of another kind of model
+        parallel_state.initialize_model_parallel()
+        sizes.tensor_parallel_size = sizes.world_size = size
+        sizes.rank, sizes.enable_expert_parallel = rank, expert_parallel
+        for group in (parallel_state.get_tp_group(), parallel_state._EP):
+            if group is not None:
+                group.world_size, group.rank_in_group = size, rank
+        with torch.device("meta"), set_default_torch_dtype(torch.bfloat16), _expert_maps_on_cpu():
+            model: nn.Module = initialize_model(vllm_config=config)
+            return model
+
+
+@contextmanager
+def _expert_maps_on_cpu() -> Iterator[None]:
+    """Inside, the map of an expert-parallel rank has values whatever the default device."""
+    build = ExpertMapManager.__init__
+
+    def build_on_cpu(*args: Any, **kwargs: Any) -> None:
+        with torch.device("cpu"):
+            build(*args, **kwargs)
+
+    ExpertMapManager.__init__ = build_on_cpu
+    try:
+        yield
+    finally:
+        ExpertMapManager.__init__ = build
 
 
 def moe_layers(vllm_config: Any) -> dict[int, MoERunner]:

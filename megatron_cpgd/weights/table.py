@@ -309,6 +309,16 @@ def export_tensor(
     return written
 
 
+def fills(parts: list[Index], shape: tuple[int, ...]) -> bool:
+    """Whether parts of a tensor, of rows or rows and columns, make it up without an overlap."""
+    columns: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for rows, *rest in parts:
+        key = (rest[0].start, rest[0].stop) if rest else (0, 1)
+        columns.setdefault(key, []).append((rows.start, rows.stop))
+    width = shape[1] if len(shape) > 1 else 1
+    return _tiles(list(columns), width) and all(_tiles(rows, shape[0]) for rows in columns.values())
+
+
 def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:
     """One ConversionError that lists the problems, if there are any."""
     if not problems:

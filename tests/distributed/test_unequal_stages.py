@@ -19,7 +19,6 @@ pytestmark = pytest.mark.distributed
 # second 1, 2, 4.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2, "stage_layers": [2, 3]},
-    "pp3": {"pp": 3, "stage_layers": [1, 3, 1]},
     "pp2_vpp2": {"pp": 2, "vpp": 2, "stage_layers": [1, 2, 1, 1]},
 }
 REPLAY: dict[str, Any] = {"algorithm": {"routing_replay": "rollout"}}

@@ -31,6 +31,37 @@ def test_config_prints_the_resolved_settings_on_stdout(run_yaml):
     assert result.stderr == ""
 
 
+def test_config_checks_a_recipe_without_its_model(capsys):
+    recipe = "configs/cpgd-qwen3-8b-1n8g-tp2.yaml"
+    assert main(["config", recipe]) == 2
+    assert "model.path=/models/Qwen3-8B: no such folder" in capsys.readouterr().err
+    assert main(["config", recipe, "--model-config", "configs/models/Qwen3-8B"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rollout"]["samples_per_prompt"] == 8
+
+
+def test_verify_layout_tells_what_each_rank_holds():
+    recipe, model = "configs/cpgd-qwen3-8b-1n8g-tp2.yaml", "configs/models/Qwen3-8B"
+    result = run_cli("verify-layout", recipe, "--model-config", model, "--ranks", "0,7")
+    assert result.returncode == 0, result.stderr
+    # By hand: half of 8 190 735 360, and the other half of the norms: 36 layers with two norms of
+    # 4096 and two of 128, and the last norm.
+    half = (8_190_735_360 + 36 * (2 * 4096 + 2 * 128) + 4096) // 2
+    assert result.stdout.splitlines() == [
+        f"{model}: 8,190,735,360 parameters in 399 tensors; each element is on one of 8 ranks, "
+        "replicas aside",
+        f"rank 0: {half:,} parameters, as expected",
+        f"rank 7: {half:,} parameters, as expected",
+    ]
+
+
+@pytest.mark.parametrize("ranks", ["8", "-1,0"])
+def test_verify_layout_refuses_ranks_that_do_not_exist(ranks, capsys):
+    recipe, model = "configs/cpgd-qwen3-8b-1n8g-tp2.yaml", "configs/models/Qwen3-8B"
+    command = ["verify-layout", recipe, "--model-config", model, f"--ranks={ranks}"]
+    assert main(command) == 2
+    assert "are not among the 8 ranks of the layout" in capsys.readouterr().err
+
+
 def test_mistakes_end_with_exit_code_2_and_no_traceback(run_yaml):
     result = run_cli("config", run_yaml, "optim.lrr=2", "run.steps=0")
     assert result.returncode == 2
