@@ -34,7 +34,7 @@ MEETING_S = 60.0
 """Longest wait of the nodes for each other."""
 MAX_SKEW_S = 2.0
 MIN_OPEN_FILES = 4096
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "bf16": 2, "fp32": 4}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "bf16": 2, "fp32": 4, "fp8_block": 3}
 _ADAM_BYTES = 8
 """Per parameter: two fp32 moments. bf16 weights have an fp32 copy besides."""
 
@@ -303,7 +303,7 @@ def check_space(host: Host) -> Iterator[Finding]:
         yield Finding(check="run.dir", status="FAIL", found=found, advice="choose another run.dir")
         return
     parameters = count_parameters(config.model.path)
-    weights = _BYTES[config.precision.train]
+    weights = _BYTES[config.precision.policy_weights]
     checkpoint = parameters * (weights + _ADAM_BYTES + (4 if weights == 2 else 0))
     export = parameters * weights
     free = shutil.disk_usage(folder).free
@@ -320,7 +320,7 @@ def check_space(host: Host) -> Iterator[Finding]:
     else:
         yield Finding(check="run.dir", status="PASS", found=found)
     if host.node == 0:
-        needed = parameters * _BYTES[config.precision.rollout or config.precision.train]
+        needed = parameters * _BYTES[config.precision.engine_weights]
         free = shutil.disk_usage(SHARED_MEMORY).free
         found = f"{_gb(free)} free in {SHARED_MEMORY}, the weights take about {_gb(needed)}"
         if free < needed:

@@ -9,6 +9,7 @@ from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.rollout.transformers_engine import TransformersEngine
 from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.weight_sync.arena import quantized_checkpoint
 
 Backend = Literal["vllm", "transformers"]
 
@@ -45,10 +46,26 @@ def evaluate_model(config: ExperimentConfig, model_dir: Path, backend: Backend) 
 
 
 def _build_engine(config: ExperimentConfig, backend: Backend, log_path: Path) -> RolloutEngine:
+    dtype = config.precision.engine_weights
     if backend == "vllm":
-        return start_engine(config, log_path)
+        engine = start_engine(config, log_path)
+        if dtype == "fp8_block":
+            _load_quantized(engine, config.model.path)
+        return engine
+    if dtype == "fp8_block":
+        raise ConfigError(
+            "precision.rollout=fp8_block: transformers does not compute with FP8 weights here; "
+            "set precision.rollout=bf16 or use --backend vllm"
+        )
     return TransformersEngine(
-        config.model.path,
-        dtype=config.precision.rollout or config.precision.train,
-        trust_remote_code=config.model.trust_remote_code,
+        config.model.path, dtype=dtype, trust_remote_code=config.model.trust_remote_code
     )
+
+
+def _load_quantized(engine: RolloutEngine, model_dir: Path) -> None:
+    try:
+        with quantized_checkpoint(model_dir) as weights:
+            engine.refresh(weights.path, version=0)
+    except BaseException:
+        engine.close()
+        raise

@@ -18,6 +18,7 @@ from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.planning.rates import StepRates, note_machine
+from megatron_cpgd.policy.fp8 import require_fp8
 from megatron_cpgd.policy.memory import PeakMemory
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
@@ -31,13 +32,11 @@ from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
-from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
-from megatron_cpgd.weight_sync.sync import rollout_dtype
+from megatron_cpgd.weight_sync.arena import Arena, open_arena, remove_arena
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table
 from megatron_cpgd.weights.table import WeightTable
-from megatron_cpgd.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Run:
     folder: RunFolder
     policy: Policy
     table: WeightTable
-    arena: TensorFile | None
+    arena: Arena | None
     """None on ranks that do not share rank 0's host."""
     done: int
     """Steps that are finished."""
@@ -95,8 +94,7 @@ def start_run(
         memory = PeakMemory()
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
-        dtype = rollout_dtype(config.precision.rollout or config.precision.train)
-        arena = open_arena(table, dtype, beside_rank_0=info.beside_rank_0)
+        arena = open_arena(table, config.precision.engine_weights, beside_rank_0=info.beside_rank_0)
         if arena:
             stack.callback(remove_arena, arena)
         state = _resume(policy, folder)
@@ -156,7 +154,7 @@ def export(run: Run, step: int) -> None:
             target,
             table=run.table,
             source_dir=run.config.model.path,
-            dtype=rollout_dtype(run.config.precision.train),
+            dtype=torch_dtype(run.config.precision.policy_weights),
             overwrite=True,  # what an interrupted run exported behind its last checkpoint
         )
     dist.barrier()
@@ -204,8 +202,8 @@ def _gpu_name() -> str | None:
 def _check_model(config: ExperimentConfig) -> None:
     with HfCheckpoint.open(config.model.path) as checkpoint:
         checkpoint.check(weight_table(checkpoint.config))
-        dtype = torch_dtype(config.precision.train)
-        build_transformer_config(checkpoint.config, config.model, config.parallel, dtype)
+        require_fp8(config.precision)
+        build_transformer_config(checkpoint.config, config.model, config.parallel, config.precision)
         check_reference(config, checkpoint)
 
 

@@ -323,7 +323,7 @@ def start_engine(config: ExperimentConfig, log_path: Path) -> RolloutEngine:
     engines = [
         VllmEngine(
             config.model.path,
-            dtype=config.precision.rollout or config.precision.train,
+            dtype=config.precision.engine_weights,
             max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
             engine_args=rollout.engine_args,
             start_timeout_s=rollout.start_timeout_s,

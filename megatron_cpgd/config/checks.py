@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS, check_algorithm
+from megatron_cpgd.config.fp8_checks import check_fp8_switches
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_config, check_model_folder
 from megatron_cpgd.config.schema import (
@@ -49,6 +50,7 @@ def check_settings(config: ExperimentConfig) -> list[str]:
         *_router(config),
         *_inert_switches(config),
         *_inert_stability(config),
+        *check_fp8_switches(config),
         *_batch_sizes(config),
         *_evaluations(config),
         *_rewards(config),

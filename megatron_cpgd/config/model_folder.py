@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_cpgd.config.fp8_checks import check_fp8_sizes
 from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig
 
 ARCHITECTURES = {
@@ -151,6 +152,7 @@ def check_sizes(hf: dict[str, Any], path: Path, config: ExperimentConfig) -> Ite
             f"{path}: original_max_position_embeddings) into 2 * cp equal parts; use a power of two"
         )
     yield from _experts(hf, path, config)
+    yield from check_fp8_sizes(hf, path, config)
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     if prompt + response > hf["max_position_embeddings"]:
         yield (

@@ -12,6 +12,14 @@ from megatron_cpgd.config.stability import StabilityConfig
 
 Seconds = Annotated[float, Field(gt=0)]
 
+FP8_RECIPES: dict[str, Literal["blockwise", "tensorwise", "delayed", "mxfp8"]] = {
+    "fp8_blockwise": "blockwise",
+    "fp8_tensorwise": "tensorwise",
+    "fp8_delayed": "delayed",
+    "mxfp8": "mxfp8",
+}
+"""`precision.train` -> Megatron-Core's `fp8_recipe`."""
+
 
 class RunConfig(Config):
     """Where the run lives and how long it goes on."""
@@ -73,10 +81,34 @@ class ParallelConfig(Config):
 class PrecisionConfig(Config):
     """Number formats of the trainer and the sampler."""
 
-    train: Literal["bf16", "fp32"] = "bf16"
-    """Weights and activations of the policy; with bf16 the optimizer keeps fp32 copies."""
-    rollout: Literal["bf16", "fp32"] | None = None
-    """Weights of the engine; default: as `train`."""
+    train: Literal["bf16", "fp32", "fp8_blockwise", "fp8_tensorwise", "fp8_delayed", "mxfp8"] = (
+        "bf16"
+    )
+    """Weights and activations of the policy; with bf16 the optimizer keeps fp32 copies. The others
+    are bf16 whose layers multiply in FP8, by the recipes of Transformer Engine; see precision.md.
+    """
+    fp8_format: Literal["e4m3", "hybrid"] = "e4m3"
+    """FP8 numbers of gradients: as weights and activations, or `hybrid`: e5m2, of wider range."""
+    bf16_layers: int = Field(0, ge=0)
+    """With FP8: this many of the first layers and of the last ones stay in bf16."""
+    rollout: Literal["bf16", "fp32", "fp8_block"] | None = None
+    """Weights of the engine; default: those of the policy. fp8_block: linear layers in FP8, a
+    factor for each block of 128 x 128."""
+
+    @property
+    def recipe(self) -> Literal["blockwise", "tensorwise", "delayed", "mxfp8"] | None:
+        """How the policy's layers multiply in FP8, as Megatron-Core calls it; None: they do not."""
+        return FP8_RECIPES.get(self.train)
+
+    @property
+    def policy_weights(self) -> Literal["bf16", "fp32"]:
+        """Number format of the policy's parameters."""
+        return "fp32" if self.train == "fp32" else "bf16"
+
+    @property
+    def engine_weights(self) -> Literal["bf16", "fp32", "fp8_block"]:
+        """Number format of the engine's weights."""
+        return self.rollout or self.policy_weights
 
 
 class DataConfig(Config):

@@ -43,7 +43,7 @@ class StepRates:
         self._epochs = config.algorithm.epochs
         self._peak: float | None = None
         if device in DEVICES:
-            flops = GPUS[DEVICES[device]].flops[config.precision.train]
+            flops = GPUS[DEVICES[device]].flops[config.precision.policy_weights]
             self._peak = flops * config.parallel.world_size
 
     def metrics(self, lengths: Sequence[int], seconds: Mapping[str, float]) -> dict[str, float]:

@@ -89,7 +89,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
         ),
         trainer=TrainerSettings(
             passes=passes_of(
-                config.precision.train, config.model.recompute, config.model.megatron,
+                config.precision.policy_weights, config.model.recompute, config.model.megatron,
                 accelerator=machine.accelerator,
             ),
             distributed_optimizer=config.optim.distributed,
@@ -119,7 +119,7 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
         cache = CPU_CACHE_BYTES
     return EngineSettings(
         tp=int(given.get("tensor_parallel_size") or 1),
-        precision=config.precision.rollout or config.precision.train,
+        precision="fp32" if config.precision.engine_weights == "fp32" else "bf16",  # FP8 as bf16
         utilization=float(given.get("gpu_memory_utilization") or UTILIZATION),
         max_sequences=int(given.get("max_num_seqs") or MAX_SEQUENCES[machine.accelerator]),
         cache_bytes=int(cache) if cache is not None else None,

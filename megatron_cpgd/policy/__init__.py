@@ -6,9 +6,10 @@ Importing it makes megatron-core usable on this machine, see `device`.
 import logging
 import warnings
 
-from megatron_cpgd.policy import device
+from megatron_cpgd.policy import device, fp8
 
 # Upstream says at import which optional packages are absent; versions.json records them.
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+fp8.set_environment()
 device.install()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
+from megatron_cpgd.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.checkpoint import (
     HF_FILES,
@@ -87,7 +87,10 @@ def megatron_to_hf(checkpoint_dir: Path, out_dir: Path, *, max_shard_bytes: int)
 
 
 def _build(config: dict[str, Any], path: Path, dtype: torch.dtype, info: ParallelInfo) -> list[Any]:
-    transformer = build_transformer_config(config, ModelConfig(path=path), ParallelConfig(), dtype)
+    precision = PrecisionConfig(train="fp32" if dtype is torch.float32 else "bf16")
+    transformer = build_transformer_config(
+        config, ModelConfig(path=path), ParallelConfig(), precision
+    )
     return build_chunks(transformer, config, info)
 
 

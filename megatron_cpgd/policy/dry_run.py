@@ -10,7 +10,7 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.policy.model import build_chunks, padded_vocab_size
 from megatron_cpgd.policy.parallel import ParallelInfo, init_model_parallel, leave_world
 from megatron_cpgd.policy.shards import iter_weights
-from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
+from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.weights.placement import Placement
 from megatron_cpgd.weights.registry import read_decoder
 from megatron_cpgd.weights.table import raise_problems
@@ -60,8 +60,7 @@ def _build(
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         info = init_model_parallel(config.parallel, seed=0)
-        dtype = torch_dtype(config.precision.train)
-        transformer = build_transformer_config(hf, config.model, config.parallel, dtype)
+        transformer = build_transformer_config(hf, config.model, config.parallel, config.precision)
         transformer.use_cpu_initialization = True  # else upstream names a device for each tensor
         with torch.device("meta"):
             chunks = build_chunks(transformer, hf, info)

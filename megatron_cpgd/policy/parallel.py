@@ -1,5 +1,6 @@
 """Process groups from the configuration, and where this rank stands in them."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,11 +52,14 @@ class ParallelInfo:
         """Every packed sequence and every padded row is a multiple of this: zig-zag halves."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
-    @property
-    def total_multiple(self) -> int:
-        """The tokens of a micro-batch are a multiple of this: each TP rank holds equal shares."""
+    def total_multiple(self, rank_multiple: int) -> int:
+        """The tokens of a micro-batch are a multiple of this: each TP rank holds equal shares.
+
+        Args:
+            rank_multiple: what the tokens of one rank are to be a multiple of.
+        """
         shards = self.tp_size if self.sequence_parallel else 1
-        return self.sequence_multiple * shards
+        return math.lcm(self.sequence_multiple, self.cp_size * rank_multiple) * shards
 
 
 def join_world(timeout: timedelta) -> None:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cpgd.algorithm.sequences import Sequences
+from megatron_cpgd.config.fp8_checks import FP8_MULTIPLES
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.data.packing import unpack_tokens
 from megatron_cpgd.policy import device
@@ -42,7 +43,7 @@ from megatron_cpgd.policy.schedule import (
     run_schedule,
 )
 from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
-from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
+from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable
@@ -93,7 +94,7 @@ class Policy:
             config.run.steps * config.algorithm.mini_batches * config.algorithm.epochs
         )
         transformer = build_transformer_config(
-            checkpoint.config, config.model, config.parallel, torch_dtype(config.precision.train)
+            checkpoint.config, config.model, config.parallel, config.precision
         )
         self._chunks = build_chunks(transformer, checkpoint.config, info)
         wrapped = [wrap_precision(transformer, chunk) for chunk in self._chunks]
@@ -110,6 +111,7 @@ class Policy:
                 chunk_tokens=config.batch.logprob_chunk_tokens,
             ),
             batch_format=config.batch.format,
+            rank_multiple=FP8_MULTIPLES.get(config.precision.recipe or "", 1),
             # Pipeline stages exchange tensors of one shape; the gathering dispatcher takes the same
             # number of tokens from every rank.
             common_shape=info.pp_size > 1

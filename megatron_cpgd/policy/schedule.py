@@ -42,6 +42,8 @@ class Schedule:
     info: ParallelInfo
     logprobs: LogprobSettings
     batch_format: BatchFormat
+    rank_multiple: int
+    """The tokens of each rank in a micro-batch are a multiple of this: FP8 products need it."""
     common_shape: bool
     """All micro-batches of all ranks have one shape."""
 
@@ -64,7 +66,7 @@ def plan_rank_micro_batches(
     unit: dict[str, Any] = {
         "format": schedule.batch_format,
         "align": info.sequence_multiple,
-        "total_multiple": info.total_multiple,
+        "total_multiple": info.total_multiple(schedule.rank_multiple),
     }
     shape: dict[str, Any] = {}
     if schedule.common_shape:

@@ -9,8 +9,14 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_cpgd.config.checks import check_passthrough
-from megatron_cpgd.config.schema import ExperimentConfig, ModelConfig, ParallelConfig
+from megatron_cpgd.config.schema import (
+    ExperimentConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.policy.fp8 import fp8_fields
 from megatron_cpgd.policy.rope import rope_arguments, rope_parameters, yarn_attributes
 from megatron_cpgd.policy.supported import check_supported, layer_types
 from megatron_cpgd.weights.architectures import Decoder, Experts
@@ -89,6 +95,13 @@ FIXED_FIELDS = {
     "pipeline_dtype": "precision.train",
     "bf16": "precision.train",
     "fp16": "precision.train",
+    "fp8": "precision.train",
+    "fp8_recipe": "precision.train",
+    "fp8_param": "bf16 parameters (FP8 ones gave NaN after a refit, NVIDIA-NeMo/RL#1164)",
+    "fp4": "no such recipe",
+    "first_last_layers_bf16": "precision.bf16_layers",
+    "num_layers_at_start_in_bf16": "precision.bf16_layers",
+    "num_layers_at_end_in_bf16": "precision.bf16_layers",
     "recompute_granularity": "model.recompute",
     "hidden_dropout": "a model without dropout (old and new log-probs come from one function)",
     "attention_dropout": "a model without dropout (old and new log-probs come from one function)",
@@ -105,7 +118,7 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def build_transformer_config(
-    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> TransformerConfig:
     """Megatron's description of the model in a Hugging Face config.json.
 
@@ -120,6 +133,7 @@ def build_transformer_config(
     config_class = TransformerConfig if decoder.latent is None else MLATransformerConfig
     _check_megatron_options(model, config_class)
     check_supported(hf, decoder)
+    dtype = torch_dtype(precision.policy_weights)
     interleaved = parallel.vpp > 1
     fields: dict[str, Any] = {
         "num_layers": decoder.layers,
@@ -155,6 +169,7 @@ def build_transformer_config(
         "gradient_accumulation_fusion": _has_apex_gradient_fusion(),
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,  # set below
+        **fp8_fields(precision),
         **_recompute_fields(model.recompute),
         **_expert_fields(hf, decoder),
         **_gpt_oss_fields(hf, decoder, parallel),
@@ -182,8 +197,7 @@ def computation(hf: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
     Args:
         hf: parsed config.json; two that agree here are one architecture.
     """
-    dtype = torch_dtype(config.precision.train)
-    transformer = build_transformer_config(hf, config.model, config.parallel, dtype)
+    transformer = build_transformer_config(hf, config.model, config.parallel, config.precision)
     # Functions, e.g. of the unused initialisation, are made anew for every config.
     numbers = {name: value for name, value in vars(transformer).items() if not callable(value)}
     own = {"vocab_size": hf["vocab_size"], "tied": hf.get("tie_word_embeddings", False)}

@@ -49,7 +49,10 @@ class RefreshReport:
 
 
 class RolloutEngine(Protocol):
-    """An engine holds one version of the weights and knows which; a new one holds version 0."""
+    """An engine holds one version of the weights and knows which.
+
+    A new one holds version 0, or none if it was started without weights.
+    """
 
     def generate(
         self,
@@ -72,7 +75,7 @@ class RolloutEngine(Protocol):
         Raises:
             RolloutError: a prompt does not fit the model, the engine holds another version, it
                 cannot return routes or they are wrong, or it died or did not answer in time.
-            WeightSyncError: the last refresh failed.
+            WeightSyncError: the last refresh failed, or it was started without weights.
         """
         ...
 

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.weights.quantize import FP8, Tensors
 from megatron_cpgd.weights.tensor_file import TensorFile
-
-Shapes = dict[str, tuple[int, ...]]
-"""By tensor name, as Hugging Face calls it."""
 
 
 class ExpectedTensors:
@@ -17,20 +15,21 @@ class ExpectedTensors:
     uninitialised memory. So the arena is compared before anything is overwritten.
     """
 
-    def __init__(self, checkpoint: Shapes, needed: set[str]) -> None:
+    def __init__(self, checkpoint: Tensors, needed: set[str]) -> None:
         """
         Args:
-            checkpoint: shape of every tensor of the checkpoint.
+            checkpoint: every tensor of the checkpoint, quantised if the engine is.
             needed: those that this worker's part of the model reads; a tied output layer, for
                 example, may be in the checkpoint and is not needed.
         """
         self.checkpoint = checkpoint
         self.needed = needed
 
-    def check(self, arena: Shapes) -> None:
+    def check(self, arena: Tensors) -> None:
         """
         Raises:
-            WeightSyncError: a needed tensor is missing, or one is unknown or has another shape.
+            WeightSyncError: a needed tensor is missing, or one is unknown, has another shape or
+                alone is in FP8; other formats are converted.
         """
         missing = sorted(self.needed - arena.keys())
         unknown = sorted(arena.keys() - self.checkpoint.keys())
@@ -39,27 +38,33 @@ class ExpectedTensors:
                 f"the arena has {len(arena)} tensors, the engine reads {len(self.needed)}: missing "
                 f"{_shorten(missing)}, unknown {_shorten(unknown)}; nothing was overwritten"
             )
-        for name, shape in arena.items():
-            if shape != self.checkpoint[name]:
+        for name, (dtype, shape) in arena.items():
+            expected_dtype, expected = self.checkpoint[name]
+            if shape != expected:
                 raise WeightSyncError(
-                    f"{name}: expected {list(self.checkpoint[name])}, the arena has {list(shape)}; "
+                    f"{name}: expected {list(expected)}, the arena has {list(shape)}; "
                     "nothing was overwritten"
+                )
+            if dtype != expected_dtype and FP8 in (dtype, expected_dtype):
+                raise WeightSyncError(
+                    f"{name}: expected {expected_dtype}, the arena has {dtype}; nothing was "
+                    "overwritten"
                 )
 
 
-def checkpoint_shapes(model_dir: Path) -> Shapes:
-    """Shape of every tensor of a Hugging Face checkpoint, from the headers of its files."""
+def checkpoint_tensors(model_dir: Path) -> Tensors:
+    """Every tensor of a Hugging Face checkpoint, from the headers of its files."""
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         paths = [model_dir / file for file in files]
     else:
         paths = sorted(model_dir.glob("*.safetensors"))
-    shapes: Shapes = {}
+    tensors: Tensors = {}
     for path in paths:
         with TensorFile.open(path) as file:
-            shapes |= {name: slot.shape for name, slot in file.slots.items()}
-    return shapes
+            tensors |= file.tensors
+    return tensors
 
 
 def _shorten(names: list[str]) -> str:

@@ -16,7 +16,9 @@ class Launch(msgspec.Struct, kw_only=True):
     client_pid: int
     """The engine ends when this process does."""
     model_dir: str
-    dtype: Literal["bf16", "fp32"]
+    dtype: Literal["bf16", "fp32", "fp8_block"]
+    """fp8_block: linear layers in blocks of FP8, which come with the first refresh; the rest bf16.
+    """
     max_model_len: int
     """Prompt and response tokens."""
     seed: int

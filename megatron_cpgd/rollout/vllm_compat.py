@@ -1,5 +1,5 @@
-"""Everything that depends on private names of vLLM 0.25: a new vLLM is adapted here, and in
-`vllm_gpt_oss.py`.
+"""What depends on private names of vLLM 0.25: a new vLLM is adapted here, in `vllm_gpt_oss.py` and
+in `fp8_emulation.py`.
 
 The reload works layer by layer (vllm/model_executor/model_loader/reload/layerwise.py): all
 parameters move to the meta device, a layer whose weights have all arrived is built, post-processed
@@ -57,6 +57,27 @@ def require_supported_vllm() -> None:
 def runs_on_cpu() -> bool:
     """Whether this is the CPU build of vLLM."""
     return bool(current_platform.is_cpu())
+
+
+def keep_fp8_factors() -> None:
+    """Keep vLLM from quantising FP8 weights once more.
+
+    DeepGEMM can round the factors of blocks to powers of two, and vLLM makes it do so by default.
+    Hopper multiplies by any factor; Blackwell's kernels take no others.
+    """
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability.major < 10:
+        os.environ.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
+
+
+def runs_fp8_experts() -> bool:
+    """Whether experts can be in blocks of FP8; for dense layers see `fp8_emulation`."""
+    return not runs_on_cpu() or torch.cpu._is_amx_tile_supported()
+
+
+def reads_fp8_blocks(vllm_config: Any) -> bool:
+    """Whether the engine's linear layers take blocks of FP8."""
+    return getattr(vllm_config.quant_config, "weight_block_size", None) is not None
 
 
 def engine_arg_names() -> set[str]:

@@ -72,7 +72,7 @@ class VllmEngine:
         self,
         model_dir: Path,
         *,
-        dtype: Literal["bf16", "fp32"],
+        dtype: Literal["bf16", "fp32", "fp8_block"],
         max_model_len: int,
         engine_args: dict[str, Any],
         start_timeout_s: float,
@@ -87,6 +87,8 @@ class VllmEngine:
 
         Args:
             model_dir: Hugging Face checkpoint with safetensors.
+            dtype: of the weights. With fp8_block the engine starts without weights: it generates
+                after its first refresh, with an arena whose linear layers are quantised.
             max_model_len: tokens of the longest prompt and its response together.
             engine_args: further fields of vLLM's EngineArgs.
             log_path: where the process writes; None keeps it in a temporary file.

@@ -21,6 +21,7 @@ from megatron_cpgd.rollout.messages import (
 )
 from megatron_cpgd.rollout.routes import pack_moe_layers
 from megatron_cpgd.types import Rollout, RouteLayout
+from megatron_cpgd.weights.quantize import QUANTIZATION_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,13 @@ CPU_ENGINE_ARGS = {
     "max_num_seqs": 256,
 }
 """Defaults on CPU; on CUDA vLLM's own ones hold."""
+FP8_ENGINE_ARGS: dict[str, Any] = {
+    "quantization": "fp8",
+    "hf_overrides": {"quantization_config": QUANTIZATION_CONFIG},
+    # The folder has the weights in another format: the first refresh brings them.
+    "load_format": "dummy",
+}
+"""An engine for linear layers in blocks of FP8."""
 PREFILL_TOKENS = 2048
 """Smallest prefill batch on CPU; vLLM's warm-up computes one of this size."""
 NO_ROUTES_WITH = (
@@ -50,9 +58,9 @@ def build_llm(launch: Launch) -> LLM:
         ConfigError: an engine argument is unknown, set by this system, or does not work.
     """
     vllm_compat.require_supported_vllm()
-    fixed = {
+    fixed: dict[str, Any] = {
         "model": launch.model_dir,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[launch.dtype],
+        "dtype": "float32" if launch.dtype == "fp32" else "bfloat16",
         "max_model_len": launch.max_model_len,
         "seed": launch.seed,
         "trust_remote_code": launch.trust_remote_code,
@@ -68,6 +76,10 @@ def build_llm(launch: Launch) -> LLM:
         launch.model_dir, trust_remote_code=launch.trust_remote_code
     ):
         fixed |= vllm_compat.latent_attention_on_cpu()
+    if launch.dtype == "fp8_block":
+        check_fp8_possible(launch)
+        fixed |= FP8_ENGINE_ARGS
+        vllm_compat.keep_fp8_factors()
     check_engine_args(launch.engine_args, fixed=set(fixed))
     if launch.return_routes:
         check_routes_possible(launch)
@@ -118,6 +130,20 @@ def check_routes_possible(launch: Launch) -> None:
             )
 
 
+def check_fp8_possible(launch: Launch) -> None:
+    """
+    Raises:
+        ConfigError: vLLM has no kernel for experts in FP8 on this machine.
+    """
+    if not vllm_compat.runs_fp8_experts() and vllm_compat.has_experts(
+        launch.model_dir, trust_remote_code=launch.trust_remote_code
+    ):
+        raise ConfigError(
+            "precision.rollout=fp8_block: on a CPU without AMX there is no kernel for experts in "
+            "FP8, only an emulation for dense models; use precision.rollout=bf16"
+        )
+
+
 def start_reporting_routes(llm: LLM) -> RouteLayout:
     """
     Raises:
@@ -136,14 +162,22 @@ def start_reporting_routes(llm: LLM) -> RouteLayout:
 class Engine:
     """vLLM and the version of the weights in it."""
 
-    def __init__(self, llm: LLM, *, return_routes: bool = False) -> None:
-        """Raises ConfigError: the model's layers cannot report their routes."""
+    def __init__(self, llm: LLM, launch: Launch) -> None:
+        """
+        Args:
+            launch: what `llm` was built from.
+
+        Raises:
+            ConfigError: the model's layers cannot report their routes.
+        """
         self.llm = llm
-        self.layout = start_reporting_routes(llm) if return_routes else None
+        self.layout = start_reporting_routes(llm) if launch.return_routes else None
         """Of the routes that the engine returns; None if it was not started for that."""
         self.version = 0
-        self.refresh_error: str | None = None
-        """Why the last refresh failed; nothing is generated until one succeeds."""
+        self.unusable: str | None = None
+        """Why nothing is generated until a refresh succeeds."""
+        if launch.dtype == "fp8_block":
+            self.unusable = "the engine has no weights yet: FP8 weights come with a refresh"
         self.broken = False
         """vLLM raised an unforeseen error: its scheduler may be stuck, the process has to end."""
 
@@ -164,8 +198,8 @@ class Engine:
 
     def generate(self, request: Generate) -> Generated:
         """See RolloutEngine.generate."""
-        if self.refresh_error is not None:
-            raise WeightSyncError(f"the last weight refresh failed: {self.refresh_error}")
+        if self.unusable is not None:
+            raise WeightSyncError(self.unusable)
         if request.version != self.version:
             raise RolloutError(
                 f"asked for responses of weight version {request.version}, the engine holds "
@@ -198,9 +232,9 @@ class Engine:
         try:
             receipt = self._load(request)
         except WeightSyncError as error:
-            self.refresh_error = f"{error}"
+            self.unusable = f"the last weight refresh failed: {error}"
             raise
-        self.version, self.refresh_error = request.version, None
+        self.version, self.unusable = request.version, None
         return receipt
 
     def _load(self, request: Refresh) -> Refreshed:

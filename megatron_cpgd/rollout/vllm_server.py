@@ -33,7 +33,7 @@ def serve(launch: Launch, channel: "zmq.Socket[bytes]") -> int:
     from megatron_cpgd.rollout.vllm_requests import Engine, build_llm
 
     try:
-        engine = Engine(build_llm(launch), return_routes=launch.return_routes)
+        engine = Engine(build_llm(launch), launch)
     except ConfigError as error:
         channel.send(msgspec.msgpack.encode(Failed(kind="config", message=f"{error}")))
         return 2

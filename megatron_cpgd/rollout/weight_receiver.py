@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cpgd.errors import ConversionError, WeightSyncError
-from megatron_cpgd.rollout.expected_tensors import ExpectedTensors, Shapes, checkpoint_shapes
-from megatron_cpgd.rollout.vllm_compat import layerwise_reload, parameters_on_meta
+from megatron_cpgd.rollout.expected_tensors import ExpectedTensors, checkpoint_tensors
+from megatron_cpgd.rollout.vllm_compat import (
+    layerwise_reload,
+    parameters_on_meta,
+    reads_fp8_blocks,
+)
 from megatron_cpgd.rollout.vllm_gpt_oss import writable
+from megatron_cpgd.weights.quantize import FP8, Tensors, quantized_tensors
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -43,20 +48,25 @@ class WeightReceiver:
     def _cpgd_load(self, path: Path) -> dict[str, Any]:
         model, model_config = self.model_runner.model, self.vllm_config.model_config
         if not hasattr(self, "_cpgd_expected"):
-            shapes = checkpoint_shapes(Path(model_config.model))
-            self._cpgd_expected = ExpectedTensors(shapes, loadable_names(model, shapes))
+            tensors = checkpoint_tensors(Path(model_config.model))
+            if reads_fp8_blocks(self.vllm_config):
+                tensors = quantized_tensors(tensors)
+            self._cpgd_expected = ExpectedTensors(tensors, loadable_names(model, tensors))
         with TensorFile.open(path) as arena:
-            self._cpgd_expected.check({name: slot.shape for name, slot in arena.slots.items()})
+            self._cpgd_expected.check(arena.tensors)
             with layerwise_reload(model, model_config):
                 model.load_weights((name, writable(name, arena.view(name))) for name in arena.names)
             digest = arena.digest()
             return {"tensors": len(arena.names), "nbytes": arena.nbytes, "digest": digest}
 
 
-def loadable_names(model: nn.Module, shapes: Shapes) -> set[str]:
+def loadable_names(model: nn.Module, tensors: Tensors) -> set[str]:
     """Those of the tensors that `model.load_weights` copies into a parameter.
 
     Found by a rehearsal with tensors without storage: only the loaders know which names they skip.
+
+    Raises:
+        WeightSyncError: this vLLM quantises other layers than `weights/quantize.py`.
     """
     used: set[str] = set()
     load_weights: Any = model.load_weights
@@ -64,9 +74,9 @@ def loadable_names(model: nn.Module, shapes: Shapes) -> set[str]:
 
     def rehearse() -> Iterator[tuple[str, Tensor]]:
         # Loaders pull one tensor at a time, so copies made during a yield belong to its name.
-        for name, shape in shapes.items():
-            before = watcher.copies
-            yield name, torch.empty(shape, device="meta")
+        for name, (dtype, shape) in tensors.items():
+            watcher.name, before = name, watcher.copies
+            yield name, torch.empty(shape, dtype=dtype, device="meta")
             if watcher.copies > before:
                 used.add(name)
 
@@ -76,16 +86,26 @@ def loadable_names(model: nn.Module, shapes: Shapes) -> set[str]:
 
 
 class _CopyWatcher(TorchDispatchMode):
-    """Counts `Tensor.copy_`, the last act of every loader, and does not carry it out."""
+    """Counts `Tensor.copy_`, the last act of every loader, and does not carry it out.
+
+    A copy between FP8 and another format would be carried out without a word, and without factors.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies = 0
+        self.name = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.copy_.default:
             self.copies += 1
+            target, source = args[0].dtype, args[1].dtype
+            if target != source and FP8 in (target, source):
+                raise WeightSyncError(
+                    f"{self.name}: vLLM keeps it in {target} and would get {source}; this release "
+                    "of vLLM is not supported with FP8"
+                )
             return args[0]
         return func(*args, **(kwargs or {}))

@@ -2,12 +2,11 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.weights.tensor_file import TensorFile
+from megatron_cpgd.weight_sync.arena import Arena
 
 
 class WeightWriter(Protocol):
@@ -24,7 +23,7 @@ class TensorView(Protocol):
 
 
 def sync_weights(
-    policy: WeightWriter, engine: RolloutEngine | None, arena: TensorFile | None, *, version: int
+    policy: WeightWriter, engine: RolloutEngine | None, arena: Arena | None, *, version: int
 ) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
@@ -41,23 +40,20 @@ def sync_weights(
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
     """
     policy.write_weights(arena.view if arena else None)
+    if arena:
+        arena.complete()
     if engine is None:
         return {}
     assert arena is not None
-    expected = arena.digest()
-    report = engine.refresh(arena.path, version)
+    expected = arena.file.digest()
+    report = engine.refresh(arena.file.path, version)
     if report.digest != expected:
         raise WeightSyncError(
             f"weight sync, version {version}: the policy wrote {expected}, the engine read "
-            f"{report.digest}; the shared memory at {arena.path} was changed in between"
+            f"{report.digest}; the shared memory at {arena.file.path} was changed in between"
         )
     return {
         "weights/version": version,
         "weights/digest": report.digest,
         "weights/bytes": report.nbytes,
     }
-
-
-def rollout_dtype(precision: str) -> torch.dtype:
-    """Dtype of the arena: that of the engine's weights."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

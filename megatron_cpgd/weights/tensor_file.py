@@ -136,6 +136,11 @@ class TensorFile:
         return list(self.slots)
 
     @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Number format and shape by name, as given to `create`."""
+        return {name: (slot.dtype, slot.shape) for name, slot in self.slots.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without the header."""
         return sum(slot.end - slot.start for slot in self.slots.values())

@@ -8,16 +8,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from msgspec.structs import replace as replace_struct
+from transformers import Qwen3Config
 
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.rollout.messages import Failed, Generate, Generated, Launch, Refresh, Refreshed
 from megatron_cpgd.rollout.vllm_engine import engine_environment
+from megatron_cpgd.weight_sync.arena import quantized_checkpoint
+from megatron_cpgd.weights.quantize import (
+    FP8,
+    SCALE_SUFFIX,
+    dequantize,
+    is_quantized,
+    quantize,
+    scale_shape,
+)
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 os.environ.update(engine_environment(dict(os.environ), cpu=True))
 
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
 from megatron_cpgd.rollout import vllm_compat
 from megatron_cpgd.rollout.vllm_requests import (
@@ -31,6 +44,7 @@ from tests.helpers.engines import (
     MAX_MODEL_LEN,
     PROMPTS,
     SAMPLING,
+    SIZES,
     TOLERANCE,
     logprob_error,
     named_weights,
@@ -52,7 +66,8 @@ def check_that_a_refresh_that_breaks_off_can_be_repeated(directory: Path) -> Non
     models = [random_model(CONFIGS["qwen2_tied_with_qkv_bias"], seed) for seed in (1, 2)]
     models[0].save_pretrained(directory)
     arena = write_arena(directory / "arena", named_weights(models[1]))
-    engine = Engine(build_llm(launch(directory)))
+    started = launch(directory)
+    engine = Engine(build_llm(started), started)
     with pytest.MonkeyPatch.context() as patch:
         # After q_proj and before k_proj: one fused parameter waits for its other parts.
         patch.setattr(TensorFile, "view", view_until("model.layers.1.self_attn.k_proj.weight"))
@@ -81,9 +96,13 @@ def check_that_routes_are_refused_where_there_can_be_none(directory: Path) -> No
 def check_that_routes_that_no_kernel_reports_are_refused(directory: Path) -> None:
     """What vLLM returns on CPU by itself has the right shape and is all 0."""
     random_model(moe_config(), seed=1).save_pretrained(directory)
+    if not torch.cpu._is_amx_tile_supported():
+        with pytest.raises(ConfigError, match="no kernel for experts in FP8"):
+            build_llm(replace_struct(launch(directory), dtype="fp8_block"))
     with pytest.raises(ConfigError, match=r"pipeline_parallel_size=2: routes are asked for, and"):
         build_llm(launch(directory, return_routes=True, pipeline_parallel_size=2))
-    engine = Engine(build_llm(launch(directory, return_routes=True)), return_routes=True)
+    started = launch(directory, return_routes=True)
+    engine = Engine(build_llm(started), started)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_compat, "current_platform", SimpleNamespace(is_cpu=lambda: False))
         with pytest.raises(ConfigError, match="layer 0: its kernel chooses the experts itself"):
@@ -97,6 +116,53 @@ def check_that_routes_that_no_kernel_reports_are_refused(directory: Path) -> Non
     assert "token 0 went to the experts [0, 0, 0] in layer 0" in refused.message, refused
     assert not engine.broken
     assert isinstance(engine.answer(generate(0)), Generated)
+
+
+def check_that_fp8_blocks_are_those_of_vllm() -> None:
+    """Codes and factors bit by bit, with ragged edges, blocks of zeros and every magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    for exponent in range(-40, 38, 3):
+        rows, columns = torch.randint(1, 400, (2,), generator=generator).tolist()
+        weight = torch.randn(rows, columns, generator=generator).clamp(-3, 3) * 10.0**exponent
+        weight[:128, 128:256] = 0
+        weight = weight.bfloat16()
+        codes = torch.empty(weight.shape, dtype=FP8)
+        scales = torch.empty(scale_shape(tuple(weight.shape)))
+        quantize(weight, codes, scales, device=torch.device("cpu"))
+        theirs, their_scales = per_block_cast_to_fp8(weight)
+        assert torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8)), weight.shape
+        assert torch.equal(scales, their_scales), weight.shape
+
+
+def check_that_an_fp8_engine_computes_with_the_restored_weights(directory: Path) -> None:
+    sizes = {"hidden_size": 200, "intermediate_size": 384, "num_key_value_heads": 4}
+    config = Qwen3Config(**SIZES | sizes, head_dim=32, tie_word_embeddings=False)
+    random_model(config, seed=1).save_pretrained(directory)
+    started = replace_struct(launch(directory), dtype="fp8_block")
+    engine = Engine(build_llm(started), started)
+    refused = engine.answer(generate(0))
+    assert isinstance(refused, Failed) and "has no weights yet" in refused.message, refused
+    for version, seed in enumerate((1, 2)):
+        model = random_model(config, seed)
+        model.save_pretrained(directory)
+        with quantized_checkpoint(directory) as arena:
+            answer = engine.answer(Refresh(arena=str(arena.path), version=version))
+            assert isinstance(answer, Refreshed) and answer.digest == arena.digest(), answer
+            restored = random_model(config, seed)
+            for name, parameter in restored.named_parameters():
+                values = arena.view(name)
+                if is_quantized(name):
+                    values = dequantize(values, arena.view(f"{name}{SCALE_SUFFIX}"))
+                parameter.data.copy_(values)
+        groups = engine.answer(generate(version)).groups
+        # The engine computes in bf16, the models here in fp32.
+        error = logprob_error(restored, PROMPTS, groups)
+        assert error < 0.2 * logprob_error(model, PROMPTS, groups), error
+    unquantised = write_arena(directory / "bf16", named_weights(model.bfloat16()))
+    refused = engine.answer(Refresh(arena=str(unquantised), version=2))
+    assert isinstance(refused, Failed) and "missing ['model.layers.0.mlp" in refused.message
+    engine.llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def launch(directory: Path, *, return_routes: bool = False, **engine_args: Any) -> Launch:
@@ -134,6 +200,9 @@ def view_until(last: str):
 
 if __name__ == "__main__":
     check_that_engine_arguments_are_verified()
+    check_that_fp8_blocks_are_those_of_vllm()
+    with tempfile.TemporaryDirectory() as folder:
+        check_that_an_fp8_engine_computes_with_the_restored_weights(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         check_that_a_refresh_that_breaks_off_can_be_repeated(Path(folder))
         check_that_routes_are_refused_where_there_can_be_none(Path(folder))

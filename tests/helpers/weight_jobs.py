@@ -73,20 +73,34 @@ def arena_job(folder: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     entry = rename(("megatron",), "hf", (2,))
     with patch.object(shared_memory, "SHARED_MEMORY", folder):
-        arena = open_arena(WeightTable((entry,)), torch.bfloat16)
+        arena = open_arena(WeightTable((entry,)), "bf16")
         arena.view("hf")[rank] = rank + 1
         dist.barrier()
         values = arena.view("hf")
         if rank == 1:
             remove_arena(arena)
         dist.barrier()
-        after = arena.path.exists()
+        after = arena.file.path.exists()
         dist.barrier()
         if rank == 0:
             remove_arena(arena)
     return {
         "values": values.tolist(),
         "dtype": str(values.dtype).removeprefix("torch."),
-        "path": str(arena.path),
+        "path": str(arena.file.path),
         "after_rank_1_left": after,
     }
+
+
+def quantized_arena_job(config: ExperimentConfig, folder: Path) -> tuple[str, list[str]]:
+    """Digest of what the engine would read, and the files left when all ranks have gone."""
+    policy = build_policy(config)
+    with patch.object(shared_memory, "SHARED_MEMORY", folder):
+        arena = open_arena(policy._table, "fp8_block")
+        policy.write_weights(arena.view)
+        arena.complete()
+        digest = arena.file.digest()
+        dist.barrier()
+        remove_arena(arena)
+        dist.barrier()
+        return digest, [path.name for path in folder.iterdir()]

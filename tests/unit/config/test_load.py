@@ -203,7 +203,10 @@ def test_nothing_is_concluded_from_the_default_of_an_invalid_setting(run_yaml):
         ("algorithm.clip.low=2", "algorithm.clip.low: must be < 1, got 2"),
         ("eval.sets={a: {}}", "eval.sets.a.path: required, but missing"),
         ("optm.lr=1", "optm: unknown setting; did you mean 'optim'?"),
-        ("precision.rollout=fp8", "precision.rollout: must be 'bf16' or 'fp32', got 'fp8'"),
+        (
+            "precision.rollout=fp8",
+            "precision.rollout: must be 'bf16', 'fp32' or 'fp8_block', got 'fp8'",
+        ),
     ],
 )
 def test_a_message_says_where_what_was_expected_and_what_came(run_yaml, override, message):

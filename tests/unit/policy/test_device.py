@@ -169,6 +169,7 @@ def test_install_changes_nothing_where_cuda_is_available():
     code = """
 import sys, torch
 torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda device: (9, 0)
 owners = [torch, torch.cuda, torch.cuda.random, torch.Tensor, torch.nn.Module]
 before = [dict(vars(owner)) for owner in owners]
 import megatron_cpgd.policy

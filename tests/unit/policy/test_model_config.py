@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
-from megatron_cpgd.config.schema import ModelConfig, ParallelConfig
+from megatron_cpgd.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy import transformer_config
 from megatron_cpgd.policy.model import padded_vocab_size
 from megatron_cpgd.policy.rope import rope_arguments, rope_parameters
 from megatron_cpgd.policy.transformer_config import FIXED_FIELDS, build_transformer_config
 
+FP32 = PrecisionConfig(train="fp32")
 HF = {
     "model_type": "qwen3",
     "num_hidden_layers": 4,
@@ -34,9 +35,9 @@ LLAMA3 = {
 }
 
 
-def build(hf: dict, parallel: dict | None = None, **settings):
+def build(hf: dict, parallel: dict | None = None, precision=FP32, **settings):
     model, sizes = ModelConfig(path=Path("unused"), **settings), ParallelConfig(**(parallel or {}))
-    return build_transformer_config(HF | hf, model, sizes, torch.float32)
+    return build_transformer_config(HF | hf, model, sizes, precision)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,16 @@ def test_recompute_settings_become_upstreams():
         "selective", ["core_attn"],
     )  # fmt: skip
     assert build({}).recompute_granularity is None
+
+
+def test_fp8_keeps_bf16_parameters_and_the_router_and_head_out_of_it():
+    fp8 = build({}, precision=PrecisionConfig(train="fp8_blockwise", bf16_layers=1))
+    assert (fp8.fp8, fp8.fp8_recipe, fp8.fp8_param) == ("e4m3", "blockwise", False)
+    assert (fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16) == (1, 1)
+    assert (fp8.params_dtype, fp8.fp8_output_proj) == (torch.bfloat16, False)
+    assert build({}).fp8 is None
+    with pytest.raises(ConfigError, match="fp8_param: is set by us; use bf16 parameters"):
+        build({}, megatron={"fp8_param": True})
 
 
 def test_an_option_of_upstream_reaches_its_config():

@@ -7,7 +7,8 @@ import torch
 
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RefreshReport
-from megatron_cpgd.weight_sync.sync import rollout_dtype, sync_weights
+from megatron_cpgd.weight_sync.arena import Arena
+from megatron_cpgd.weight_sync.sync import sync_weights
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 SHAPES = {"a": (torch.float32, (2, 3)), "b": (torch.bfloat16, (5,))}
@@ -46,7 +47,7 @@ def arena(tmp_path):
 
 def test_the_engine_gets_what_the_policy_wrote_and_its_version(arena):
     engine = FakeEngine()
-    metrics = sync_weights(FakePolicy(), engine, arena, version=7)
+    metrics = sync_weights(FakePolicy(), engine, Arena(arena), version=7)
     assert engine.version == 7
     assert engine.tensors["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert engine.tensors["b"].tolist() == [0.5] * 5
@@ -59,14 +60,9 @@ def test_one_number_that_changed_on_the_way_stops_the_run(arena, name):
     with pytest.raises(
         WeightSyncError, match=r"version 3: the policy wrote \w{8}, the engine read"
     ):
-        sync_weights(FakePolicy(), FakeEngine(damage=name), arena, version=3)
+        sync_weights(FakePolicy(), FakeEngine(damage=name), Arena(arena), version=3)
 
 
 def test_a_rank_without_the_engine_only_writes(arena):
-    assert sync_weights(FakePolicy(), None, arena, version=1) == {}
+    assert sync_weights(FakePolicy(), None, Arena(arena), version=1) == {}
     assert arena.view("b").tolist() == [0.5] * 5
-
-
-def test_the_arena_has_the_number_format_of_the_engine():
-    assert rollout_dtype("bf16") is torch.bfloat16
-    assert rollout_dtype("fp32") is torch.float32
