@@ -161,12 +161,12 @@ def _latent_attention(hf: dict[str, Any]) -> Iterator[Matrix]:
     hidden, heads, rotated = hf["hidden_size"], hf["num_attention_heads"], hf["qk_rope_head_dim"]
     q_rank, kv_rank = hf["q_lora_rank"], hf["kv_lora_rank"]
     key, value = hf["qk_nope_head_dim"], hf["v_head_dim"]
-    down = (q_rank, kv_rank + rotated)
+    down = (kv_rank + rotated,) if q_rank is None else (q_rank, kv_rank + rotated)
     yield Matrix(name="self_attn.q_a_proj, kv_a_proj", parts=down, columns=hidden, cut=None)
-    for name, rows, columns in (
-        ("q_b_proj", heads * (key + rotated), q_rank),
-        ("kv_b_proj", heads * (key + value), kv_rank),
-    ):
+    query = ("q_b_proj", heads * (key + rotated), q_rank)
+    if q_rank is None:  # queries without a low-rank projection
+        query = ("q_proj", heads * (key + rotated), hidden)
+    for name, rows, columns in (query, ("kv_b_proj", heads * (key + value), kv_rank)):
         yield Matrix(name=f"self_attn.{name}", parts=(rows,), columns=columns, cut="rows")
     yield Matrix(name="self_attn.o_proj", parts=(hidden,), columns=heads * value, cut="columns")
 

@@ -52,8 +52,9 @@ H100 = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
 
 def main() -> None:
     """Write the list; FP8 recipes must not change it."""
-    models = {name: list_model(name, PrecisionConfig()) for name in ARCHITECTURES}
-    for train, name in itertools.product(FP8_RECIPES, ARCHITECTURES):
+    names = [name for name in ARCHITECTURES if name != "gpt_oss"]
+    models = {name: list_model(name, PrecisionConfig()) for name in names}
+    for train, name in itertools.product(FP8_RECIPES, names):
         layers = 0 if train == "fp8_delayed" else 1
         fp8 = list_model(name, PrecisionConfig(train=train, bf16_layers=layers))
         assert fp8 == models[name], (train, name)

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_cpgd.config.checks import check_config
+from megatron_cpgd.config.fp8_checks import check_fp8_sizes
 from megatron_cpgd.config.load import read_config
 from megatron_cpgd.config.schema import PrecisionConfig
 from tests.helpers.valid_run import write_model_folder
@@ -54,6 +55,9 @@ DEEPSEEK_V3 = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "num_hidden_layers": 61,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
 }
 BLOCKWISE = "precision.train=fp8_blockwise"
 ROLLOUT = "precision.rollout=fp8_block"
@@ -193,6 +197,20 @@ def test_matrices_that_the_engine_would_scale_wrongly_are_named(run_yaml, model,
 def test_settings_that_do_nothing_or_do_not_fit_each_other_are_named(run_yaml, overrides, start):
     [problem] = problems_of(run_yaml, QWEN3_8B, *overrides)
     assert problem.startswith(start)
+
+
+def test_latent_attention_without_a_projection_of_queries_has_one_matrix_for_them(run_yaml):
+    path, config = run_yaml.parent, read_config(run_yaml, ["precision.train=fp8_tensorwise"])
+    hf = DEEPSEEK_V3 | {"q_lora_rank": None}
+    assert list(check_fp8_sizes(hf, path, config)) == []
+    [problem] = check_fp8_sizes(hf | {"qk_rope_head_dim": 8}, path, config)
+    assert "self_attn.q_a_proj, kv_a_proj" in problem and "520 rows" in problem  # 512 + 8
+
+
+@pytest.mark.parametrize("setting", [BLOCKWISE, ROLLOUT])
+def test_gpt_oss_is_refused(run_yaml, setting):
+    model = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    assert f"{setting}: is not supported for gpt-oss" in str(problems_of(run_yaml, model, setting))
 
 
 @pytest.mark.parametrize(

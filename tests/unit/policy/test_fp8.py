@@ -102,8 +102,6 @@ def test_each_rank_gets_a_multiple_of_the_tokens_that_fp8_needs(tp, cp, sequence
         vpp_size=1,
         **{f"{axis}_size": size for axis, size in sizes.items()},
         **{f"{axis}_rank": 0 for axis in sizes},
-        expert_replica_rank=0,
-        expert_replica_size=tp * cp,
         sequence_parallel=sequence_parallel,
         hosts=(),
     )

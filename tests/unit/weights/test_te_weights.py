@@ -61,15 +61,13 @@ def last_rank(tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1, etp: int = 1) 
     fields: dict[str, Any] = {f"{axis}_size": n for axis, n in sizes.items()}
     fields |= {f"{axis}_rank": n - 1 for axis, n in sizes.items()}
     world = tp * pp * dp
-    replicas = tp * dp // (ep * etp)
     return ParallelInfo(
         **fields,
         rank=world - 1,
         world_size=world,
         vpp_size=1,
-        expert_replica_rank=replicas - 1,
-        expert_replica_size=replicas,
         sequence_parallel=tp > 1,
+        hosts=(),
     )
 
 
@@ -89,8 +87,8 @@ def is_held(name: str, hf: dict[str, Any], layout: dict[str, Any]) -> bool:
     return name != "embedding.word_embeddings.weight" or sizes.get("pp", 1) == 1
 
 
-def test_every_architecture_is_listed():
-    assert LISTED["models"].keys() == ARCHITECTURES.keys()
+def test_every_architecture_is_listed_but_gpt_oss():
+    assert LISTED["models"].keys() == ARCHITECTURES.keys() - {"gpt_oss"}
     assert LISTED["versions"] == {"megatron-core": "0.19.2", "transformer-engine": "2.17.1"}
 
 
