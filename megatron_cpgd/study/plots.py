@@ -90,8 +90,8 @@ def _draw_outcome(study: Study, question: Question, tables: Tables) -> Figure:
         finals = [run.heldout_final for run in runs]
         final_axis.plot(finals, [place] * len(finals), "o", color=_HEALTHY, ms=4, alpha=0.5)
         _draw_interval(final_axis, mean_interval(finals), place)
-        differences = paired_differences(tables, arm, study.spec.reference)
-        if arm != study.spec.reference:
+        differences = paired_differences(tables, arm, question.reference)
+        if arm != question.reference:
             difference_axis.plot(
                 differences, [place] * len(differences), "o", color=_HEALTHY, ms=4, alpha=0.5
             )
@@ -106,7 +106,7 @@ def _draw_outcome(study: Study, question: Question, tables: Tables) -> Figure:
     difference_axis.axvline(0, color="black", lw=1)
     difference_axis.set_xlim(-1, 1)
     difference_axis.set_xticks([-1, -0.5, 0, 0.5, 1])
-    difference_axis.set_xlabel(f"minus {study.spec.reference}, same seed")
+    difference_axis.set_xlabel(f"minus {question.reference}, same seed")
     for axis in figure.axes:
         axis.grid(alpha=0.3, axis="x")
     return figure
@@ -119,7 +119,9 @@ def _draw_dynamics(study: Study, question: Question, tables: Tables) -> Figure:
     for axis, (column, label, log) in zip(axes, _DYNAMICS, strict=True):
         if log:
             axis.set_yscale("log")
-        for arm, colour in _colours(study, [arm.name for arm in question.arms]).items():
+        for arm, colour in _colours(
+            question.reference, [arm.name for arm in question.arms]
+        ).items():
             curves = []
             for seed in tables.of(arm):
                 values = tables.curves[arm, seed][column][1:]
@@ -193,11 +195,11 @@ def paired_differences(tables: Tables, arm: str, reference: str) -> list[float]:
     ]
 
 
-def _colours(study: Study, names: Sequence[str]) -> dict[str, str]:
+def _colours(reference: str, names: Sequence[str]) -> dict[str, str]:
     """Black is the reference."""
     black, *others = _COLOURS
     rest = iter(others)
-    return {name: black if name == study.spec.reference else next(rest, black) for name in names}
+    return {name: black if name == reference else next(rest, black) for name in names}
 
 
 def _by_step(curves: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -122,19 +122,19 @@ def _section(study: Study, question: Question, tables: Tables, folder: Path) -> 
     )
     text = f"{question.spec.text.strip()}\n\n" if question.spec.text else ""
     return (
-        f"## {question.spec.title}\n\n{text}{_table(study, question.arms, tables)}\n\n"
-        f"{' '.join(filter(None, _sentences(study, question, tables)))}\n\n{images}\n"
+        f"## {question.spec.title}\n\n{text}{_table(question, tables)}\n\n"
+        f"{' '.join(filter(None, _sentences(question, tables)))}\n\n{images}\n"
     )
 
 
-def _table(study: Study, arms: Sequence[Arm], tables: Tables) -> str:
-    reference = study.spec.reference
+def _table(question: Question, tables: Tables) -> str:
+    reference = question.reference
     lines = [
         f"| arm | settings | collapsed | final | best | minus {reference} | largest drop "
         "| largest gradient norm |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for arm in arms:
+    for arm in question.arms:
         runs = list(tables.of(arm.name).values())
         if not runs:
             lines.append(f"| {arm.name} | {_code(arm)} | no runs | | | | | |")
@@ -172,7 +172,7 @@ def _show(interval: Interval, form: str) -> str:
     return f"{interval.value:{form}} [{low}, {high}]"
 
 
-def _sentences(study: Study, question: Question, tables: Tables) -> Iterator[str]:
+def _sentences(question: Question, tables: Tables) -> Iterator[str]:
     """What the numbers say, and nothing else; empty ones are left out."""
     runs = {arm.name: list(tables.of(arm.name).values()) for arm in question.arms}
     present = {name: of_arm for name, of_arm in runs.items() if of_arm}
@@ -181,7 +181,7 @@ def _sentences(study: Study, question: Question, tables: Tables) -> Iterator[str
     }
     yield _sentence("No run collapsed of", [name for name, rate in rates.items() if rate == 0])
     yield _sentence("Every run collapsed of", [name for name, rate in rates.items() if rate == 1])
-    reference = study.spec.reference
+    reference = question.reference
     sides: dict[str, list[str]] = {"above": [], "below": [], "around": []}
     for name in present:
         if name != reference:

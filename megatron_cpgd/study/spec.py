@@ -55,6 +55,8 @@ class QuestionSpec(Config):
     """What is compared, in the report word by word."""
     arms: list[str] = Field(min_length=1)
     """Arms and grids; a grid stands for all its arms."""
+    reference: str | None = None
+    """Arm that the others are compared with, seed by seed; default: that of the study."""
     figures: tuple[FigureName, ...] = ("curves", "outcome")
     """`curves`: accuracy over the steps, one panel per arm; `outcome`: collapse rate, final
     accuracy and its difference from the reference; `dynamics`: gradient norm, KL, entropy and
@@ -79,7 +81,7 @@ class StudySpec(Config):
     seeds: list[int] = Field(min_length=1)
     """`run.seed` of the runs of every arm: runs with the same seed see the same prompts."""
     reference: str
-    """Arm that the others are compared with, seed by seed."""
+    """Arm that the others are compared with, seed by seed, where a question names no other."""
     collapse: CollapseSpec = CollapseSpec()
     """When a run counts as collapsed."""
     arms: dict[str, Settings] = Field(min_length=1)
@@ -112,6 +114,8 @@ class Question:
     name: str
     spec: QuestionSpec
     arms: list[Arm]
+    reference: str
+    """Name of the arm that the others are compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +164,7 @@ def load_study(path: Path, *, to_run: bool) -> Study:
             name=name,
             spec=question,
             arms=[arms[arm] for member in question.arms for arm in groups[member]],
+            reference=question.reference or spec.reference,
         )
         for name, question in spec.questions.items()
     ]
@@ -239,9 +244,14 @@ def _check_names(
         ]
     if len(set(spec.seeds)) < len(spec.seeds):
         problems.append(f"seeds: {spec.seeds} names one twice")
-    if spec.reference not in arms:
-        hint = did_you_mean(spec.reference, arms)
-        problems.append(f"reference={spec.reference!r}: no such arm; {hint}")
+    references = {"reference": spec.reference} | {
+        f"questions.{name}.reference": question.reference
+        for name, question in spec.questions.items()
+        if question.reference is not None
+    }
+    for where, name in references.items():
+        if name not in arms:
+            problems.append(f"{where}={name!r}: no such arm; {did_you_mean(name, arms)}")
     for question, question_spec in spec.questions.items():
         problems += [
             f"questions.{question}.arms: no arm or grid {name!r}; {did_you_mean(name, groups)}"
