@@ -20,7 +20,7 @@ class Sampler:
         self.in_flight = InFlight(piece_tokens=1, max_tokens=2)
         self._stop, self._interrupted_draw = stop, interrupted_draw
 
-    def sample(self, *, version: int, timer: StepTimer) -> tuple[int, ...]:
+    def sample(self, *, step: int, version: int, timer: StepTimer) -> tuple[int, ...]:
         batch = (version, *self.stream.next_batch())
         self.in_flight.begin(batch[1:], seed=0, size=1)
         for group in self.in_flight.groups:
