@@ -24,6 +24,7 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_an_engine_takes_every_element_of_models_with_few_layers(tmp_path):
     run("tests.e2e.inside_engine_layouts", tmp_path)
 

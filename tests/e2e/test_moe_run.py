@@ -103,6 +103,7 @@ def test_transformers_loads_every_expert_of_the_export(run_dir):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_samples_and_learns_the_same_bit_by_bit(run_dir, assets, folder):
     resumed = folder / "resumed"
     shutil.copytree(run_dir, resumed)
