@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.data.run_prompts import Prompts
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.engine import RolloutEngine
+from megatron_cpgd.rollout.start import start_engine
 from megatron_cpgd.rollout.transformers_engine import TransformersEngine
-from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.weight_sync.arena import quantized_checkpoint
 
 Backend = Literal["vllm", "transformers"]

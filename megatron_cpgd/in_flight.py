@@ -106,7 +106,8 @@ class InFlight:
         if len(finished) < count:
             return None
         taken = finished[:count]
-        self.groups = [group for group in self.groups if group not in taken]
+        gone = set(map(id, taken))
+        self.groups = [group for group in self.groups if id(group) not in gone]
         return taken
 
     def _is_finished(self, rollout: Rollout | None) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.config.load import save_config
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.data.run_prompts import Prompts
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.planning.rates import StepRates, note_machine
 from megatron_cpgd.policy.fp8 import require_fp8
@@ -25,7 +26,8 @@ from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
 from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.rollout.start import start_engine
+from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.stability.detector import CollapseDetector
 from megatron_cpgd.stop_request import StopRequest
 from megatron_cpgd.tracking.console import step_line

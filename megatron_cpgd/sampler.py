@@ -1,12 +1,9 @@
 """Rank 0's side of a step: prompts to responses to rewards to weighted advantages."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 
@@ -16,15 +13,12 @@ from megatron_cpgd.algorithm.advantages import (
     overlong_penalty,
 )
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
-from megatron_cpgd.data.prompts import load_prompts, load_tokenizer
-from megatron_cpgd.data.stream import PromptStream
-from megatron_cpgd.errors import DataError, RolloutError
+from megatron_cpgd.data.run_prompts import Prompts
+from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.in_flight import InFlight, age_metrics
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
-from megatron_cpgd.rollout.engine_group import EngineGroup
-from megatron_cpgd.rollout.vllm_engine import VllmEngine, check_devices
 from megatron_cpgd.scored_batch import SampledResponses, ScoredBatch, accuracy
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Prompt, Rollout, RolloutGroup
@@ -32,42 +26,6 @@ from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import read_decoder
 
 logger = logging.getLogger(__name__)
-
-
-class Prompts:
-    """Training and evaluation prompts, loaded and checked before anything is started."""
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        """Raises DataError: data, tokenizer or chat template cannot be used."""
-        self.tokenizer = load_tokenizer(
-            config.model.tokenizer or config.model.path,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        self.stop_token_ids = find_stop_tokens(self.tokenizer, config.model.path)
-        self.train = self._load(config, config.data.path)
-        self.eval = {
-            name: self._load(config, each.path)[: each.max_prompts]
-            for name, each in config.eval.sets.items()
-        }
-        self.stream = PromptStream(
-            len(self.train),
-            config.rollout.prompts_per_step,
-            seed=config.run.seed,
-            shuffle=config.data.shuffle,
-        )
-
-    def _load(self, config: ExperimentConfig, path: Path) -> list[Prompt]:
-        data = config.data
-        return load_prompts(
-            path,
-            tokenizer=self.tokenizer,
-            prompt_key=data.prompt_key,
-            answer_key=data.answer_key,
-            system_prompt=data.system_prompt,
-            chat_template=data.chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            too_long=data.too_long,
-        )
 
 
 class Sampler:
@@ -287,53 +245,3 @@ class Sampler:
 
     def _eval_sampling(self, each: EvalSet) -> Sampling:
         return self._sampling(each.samples_per_prompt, each.temperature, 1.0, -1)
-
-
-def find_stop_tokens(tokenizer: Any, model_dir: Path) -> list[int]:
-    """End tokens of the tokenizer and of the model's generation_config.json.
-
-    Raises:
-        DataError: there is none, so that no response would ever end.
-    """
-    stop = {tokenizer.eos_token_id} - {None}
-    file = model_dir / "generation_config.json"
-    if file.is_file():
-        more = json.loads(file.read_text()).get("eos_token_id")
-        stop |= set(more if isinstance(more, list) else [more]) - {None}
-    if not stop:
-        raise DataError(
-            f"neither the tokenizer {tokenizer.name_or_path} nor {file} names an end token; set "
-            "eos_token in tokenizer_config.json"
-        )
-    return sorted(stop)
-
-
-def start_engine(config: ExperimentConfig, log_path: Path) -> RolloutEngine:
-    """Start vLLM on model.path; it loads in its own process while this one goes on.
-
-    Args:
-        log_path: of the first engine; another one's has its number in the name.
-
-    Raises:
-        ConfigError: `rollout.devices` does not fit the machine.
-    """
-    rollout = config.rollout
-    check_devices(rollout.devices, rollout.engines)
-    share = len(rollout.devices or []) // rollout.engines
-    engines = [
-        VllmEngine(
-            config.model.path,
-            dtype=config.precision.engine_weights,
-            max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
-            engine_args=rollout.engine_args,
-            start_timeout_s=rollout.start_timeout_s,
-            step_timeout_s=rollout.step_timeout_s,
-            log_path=log_path.with_stem(f"{log_path.stem}_{i}") if i else log_path,
-            seed=config.run.seed,
-            trust_remote_code=config.model.trust_remote_code,
-            return_routes=config.needs_rollout_routes,
-            devices=rollout.devices[i * share : (i + 1) * share] if rollout.devices else None,
-        )
-        for i in range(rollout.engines)
-    ]
-    return engines[0] if len(engines) == 1 else EngineGroup(engines)

@@ -28,11 +28,13 @@ import torch
 
 from megatron_cpgd.config.load import load_config
 from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig
+from megatron_cpgd.data.run_prompts import Prompts
 from megatron_cpgd.errors import USER_ERROR, UserError
 from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.routing_gap import measure_routing_gap, rollout_routes
-from megatron_cpgd.sampler import Prompts, Sampler, start_engine
+from megatron_cpgd.rollout.start import start_engine
+from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.scored_batch import train_sequences
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import TrainSequence

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_cpgd.planning.layout import Layout
-from megatron_cpgd.planning.model import Model, padded_vocab
+from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.state import BYTES, Precision
+from megatron_cpgd.weights.placement import padded_vocab_size
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -85,7 +86,7 @@ def head_bytes(
     norm, the gathered hidden states and their gradient, the logits of one chunk, their fp32 blocks,
     four numbers per token, and the gradient of the output weight."""
     local, element, hidden = tokens / layout.cp, passes.element, model.decoder.hidden
-    rows = padded_vocab(model.decoder.vocab, layout.tp) // layout.tp
+    rows = padded_vocab_size(model.decoder.vocab, layout.tp) // layout.tp
     chunk = min(local, chunk_tokens)
     norm = local * _norm(hidden, passes) / layout.sequence_shards
     block = 2 * min(LOGIT_BLOCK[passes.accelerator], 4 * rows * chunk)

@@ -1,9 +1,9 @@
 """Which layers and how many ranks: the parallel axes, and what a pipeline stage holds."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 from megatron_cpgd.config.schema import ParallelConfig
+from megatron_cpgd.weights.placement import layer_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +54,7 @@ class Layout:
 
         Megatron gives virtual stage v of pipeline stage p the block v * pp + p of the layers.
         """
-        sizes = self.stage_layers or (layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
-        ends = list(accumulate(sizes))
-        numbers = [v * self.pp + stage for v in range(self.vpp)]
-        blocks = [range(ends[n] - sizes[n], ends[n]) for n in numbers]
+        blocks = layer_blocks(self.pp * self.vpp, layers, self.stage_layers)[stage :: self.pp]
         last = self.pp - 1
         return [
             Chunk(

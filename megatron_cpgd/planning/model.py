@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_cpgd.weights.architectures import Decoder
+from megatron_cpgd.weights.decoder import Decoder
 from megatron_cpgd.weights.registry import read_decoder, weight_table
 from megatron_cpgd.weights.table import Entry, Split
-
-VOCAB_MULTIPLE = 128
-"""As in policy/model.py: the vocabulary is padded to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +108,6 @@ class Model:
             return decoder.layers * (decoder.latent.kv_rank + decoder.latent.rotary_dim) * element
         heads = max(decoder.kv_heads / tp, 1)
         return 2 * decoder.layers * heads * decoder.head_dim * element
-
-
-def padded_vocab(vocab: int, tp: int) -> int:
-    """As `policy/model.py:padded_vocab_size`."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tp)
-    return -(-vocab // multiple) * multiple
 
 
 def read_model(hf: Mapping[str, Any]) -> Model:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpgd.planning.layout import Chunk, Layout
-from megatron_cpgd.planning.model import Model, Parameter, padded_vocab
+from megatron_cpgd.planning.model import Model, Parameter
+from megatron_cpgd.weights.placement import padded_vocab_size
 
 PARAMETER_START, BUFFER_UNIT = 64, 128
 BYTES = {"bf16": 2, "fp32": 4}
@@ -94,7 +95,7 @@ def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elemen
             else:
                 dense.add(local, count * times)
     decoder = model.decoder
-    matrix = padded_vocab(decoder.vocab, layout.tp) // layout.tp * decoder.hidden
+    matrix = padded_vocab_size(decoder.vocab, layout.tp) // layout.tp * decoder.hidden
     if chunk.embedding:
         dense.add(matrix)
     if chunk.head:

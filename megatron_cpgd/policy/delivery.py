@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.weights.table import Index, span
+from megatron_cpgd.weights.tiling import Index, span
 
 BUCKET_BYTES = 64 * 2**20
 """Of the buffer that sender and receiver need; a larger tensor is cut by rows."""

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.policy.model import build_chunks, padded_vocab_size
+from megatron_cpgd.policy.model import build_chunks
 from megatron_cpgd.policy.parallel import ParallelInfo, init_model_parallel, leave_world
 from megatron_cpgd.policy.shards import iter_weights
 from megatron_cpgd.policy.transformer_config import build_transformer_config
-from megatron_cpgd.weights.placement import Placement
+from megatron_cpgd.weights.placement import Placement, padded_vocab_size
 from megatron_cpgd.weights.registry import read_decoder
 from megatron_cpgd.weights.table import raise_problems
 

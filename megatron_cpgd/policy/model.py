@@ -1,6 +1,5 @@
 """TransformerConfig -> this rank's GPTModel chunks."""
 
-import math
 from typing import Any
 
 import torch
@@ -17,16 +16,7 @@ from megatron_cpgd.policy.expert_bias import prepare_expert_biases
 from megatron_cpgd.policy.latent_attention import use_latent_attention
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.rope import rope_arguments
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this, the same for every TP size that divides it, so
-that a checkpoint loads under any layout."""
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding over all TP ranks."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
-    return -(-vocab_size // multiple) * multiple
+from megatron_cpgd.weights.placement import padded_vocab_size
 
 
 def build_chunks(

@@ -15,12 +15,12 @@ from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import (
     Entry,
-    Index,
     WeightTable,
     export_boxes,
     export_tensor,
     import_tensor,
 )
+from megatron_cpgd.weights.tiling import Index
 
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
 """What comes before the index of an expert: one module per expert, or one grouped module."""

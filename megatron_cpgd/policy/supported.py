@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.rope import rope_parameters, rotary_part
-from megatron_cpgd.weights.architectures import Decoder
+from megatron_cpgd.weights.decoder import Decoder
 
 
 def check_supported(hf: dict[str, Any], decoder: Decoder) -> None:

@@ -19,7 +19,7 @@ from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.policy.fp8 import fp8_fields
 from megatron_cpgd.policy.rope import rope_arguments, rope_parameters, yarn_attributes
 from megatron_cpgd.policy.supported import check_supported, layer_types
-from megatron_cpgd.weights.architectures import Decoder, Experts
+from megatron_cpgd.weights.decoder import Decoder, Experts
 from megatron_cpgd.weights.registry import read_decoder
 
 # Upstream's fusions; all need Transformer Engine or NVIDIA apex, which exist on CUDA only.

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cpgd.config.schema import RolloutConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.rollout.vllm_compat import build_rank
-from megatron_cpgd.weights.table import Index, WeightTable, fills, raise_problems
+from megatron_cpgd.weights.table import WeightTable, raise_problems
+from megatron_cpgd.weights.tiling import Index, fills
 
 
 def check_engine(folder: Path, table: WeightTable, rollout: RolloutConfig) -> list[int]:

@@ -88,7 +88,7 @@ def _start(
 
     from megatron_cpgd.policy.parallel import join_world
     from megatron_cpgd.rollout.reused_engine import ReusedEngine
-    from megatron_cpgd.sampler import start_engine
+    from megatron_cpgd.rollout.start import start_engine
     from megatron_cpgd.train import train
 
     torch.set_num_threads(1)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights import mxfp4
-from megatron_cpgd.weights.table import Index, WeightTable, raise_problems
+from megatron_cpgd.weights.table import WeightTable, raise_problems
 from megatron_cpgd.weights.tensor_file import TensorFile
+from megatron_cpgd.weights.tiling import Index
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,22 @@
 """Which tensors, cut how, each rank of a layout holds: from the weight table alone."""
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_cpgd.config.schema import ParallelConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.weights.architectures import Decoder, decoder_table
-from megatron_cpgd.weights.table import Entry, Index, boxes, fills, raise_problems
+from megatron_cpgd.weights.decoder import Decoder
+from megatron_cpgd.weights.decoder_table import decoder_table
+from megatron_cpgd.weights.table import Entry, boxes, raise_problems
+from megatron_cpgd.weights.tiling import Index, fills
 
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, the same for every TP size that divides it, so
+that a checkpoint loads under any layout."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
@@ -53,7 +60,8 @@ class Placement:
             padded_vocab: rows of Megatron's embedding over all tensor-parallel ranks.
         """
         self.table = decoder_table(model)
-        self._stage_of_layer = _stages(sizes, model.layers)
+        blocks = layer_blocks(sizes.pp * sizes.vpp, model.layers, sizes.stage_layers)
+        self._stage_of_layer = [i % sizes.pp for i, block in enumerate(blocks) for _ in block]
         self._sizes = sizes
         self._padded_vocab = padded_vocab
         self._shared: dict[int, list[Entry]] = defaultdict(list)
@@ -139,9 +147,18 @@ class Placement:
         return tuple(shape)
 
 
-def _stages(sizes: ParallelConfig, layers: int) -> list[int]:
-    """The pipeline rank of each layer."""
-    stages = sizes.pp * sizes.vpp
-    counts = sizes.stage_layers or [layers // stages] * stages
-    assert sum(counts) == layers, f"{counts=} {layers=}"
-    return [stage % sizes.pp for stage, count in enumerate(counts) for _ in range(count)]
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of Megatron's embedding over all TP ranks."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def layer_blocks(stages: int, layers: int, counts: Sequence[int] | None = None) -> list[range]:
+    """The layers of each of the pp * vpp stages; stage v * pp + p is virtual stage v of rank p.
+
+    Args:
+        counts: layers of each stage; None: equally many.
+    """
+    counts = counts or [layers // stages] * stages
+    assert sum(counts) == layers and len(counts) == stages, f"{counts=} {layers=} {stages=}"
+    return [range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]

@@ -4,9 +4,7 @@ from collections.abc import Callable
 
 from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.weights.architectures import (
-    Decoder,
     HfConfig,
-    decoder_table,
     deepseek_v3,
     glm4_moe,
     gpt_oss,
@@ -16,6 +14,8 @@ from megatron_cpgd.weights.architectures import (
     qwen3,
     qwen3_moe,
 )
+from megatron_cpgd.weights.decoder import Decoder
+from megatron_cpgd.weights.decoder_table import decoder_table
 from megatron_cpgd.weights.table import WeightTable
 
 ARCHITECTURES: dict[str, Callable[[HfConfig], Decoder]] = {

@@ -7,7 +7,7 @@ shard, export copies the same box back, so the two directions are inverse by con
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.tiling import Index, tiles
 
 Split = Literal["rows", "columns", "replicated"]
-Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class WeightTable:
         hf_rows: dict[str, int] = {}
         for entry in self.entries:
             ranges = [range(s.megatron_row, s.megatron_row + s.rows) for s in entry.segments]
-            assert _tiles(ranges, entry.shape[0]), f"{entry.name}: {ranges} of {entry.shape}"
+            assert tiles(ranges, entry.shape[0]), f"{entry.name}: {ranges} of {entry.shape}"
             for s in () if entry.alias else entry.segments:
                 shape = self.hf_shapes[s.hf]
                 packed = s.expert is not None
@@ -186,7 +186,7 @@ class WeightTable:
                 hf_ranges.setdefault(s.hf, []).append(rows)
                 hf_rows[s.hf] = shape[0] * shape[-1] if packed else shape[0]
         for name, length in hf_rows.items():
-            assert _tiles(hf_ranges[name], length), f"{name}: {hf_ranges[name]} of {length}"
+            assert tiles(hf_ranges[name], length), f"{name}: {hf_ranges[name]} of {length}"
 
 
 def rename(
@@ -359,17 +359,6 @@ def export_boxes(entry: Entry, local: Tensor, *, tp_rank: int, tp_size: int) -> 
         yield from boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape))
 
 
-def fills(parts: Sequence[Index], shape: tuple[int, ...]) -> bool:
-    """Whether parts of a tensor, cut alike along each dimension, make it up without an overlap."""
-    if not shape:
-        return list(parts) == [()]
-    first: dict[Index, list[int | slice]] = {}
-    for index, *rest in parts:
-        first.setdefault(tuple(rest), []).append(index)
-    tiled = all(_tiles(list(map(span, indices)), shape[0]) for indices in first.values())
-    return tiled and fills(list(first), shape[1:])
-
-
 def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:
     """One ConversionError that lists the problems, if there are any."""
     if not problems:
@@ -403,24 +392,3 @@ def _row_blocks(
     rows = local_rows // entry.stride
     for block in range(entry.stride):
         yield (block * tp_size + tp_rank) * rows, block * rows, rows
-
-
-def span(index: int | slice) -> range:
-    """The places that an index selects."""
-    if isinstance(index, int):
-        return range(index, index + 1)
-    return range(index.start, index.stop, index.step or 1)
-
-
-def _tiles(spans: list[range], length: int) -> bool:
-    steps = {span.step for span in spans}
-    if len(steps) != 1:
-        return False
-    [step] = steps
-    ends = [0] * step  # of the rows k, k + step, k + 2 * step, ...
-    for span in sorted(spans, key=lambda span: span.start):
-        turn, row = span.start % step, span.start // step
-        if row != ends[turn]:
-            return False
-        ends[turn] += len(span)
-    return ends == [len(range(turn, length, step)) for turn in range(step)]

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from megatron_cpgd.types import LossSequence, TrainSequence
 from tests.helpers.ranks import run_distributed
-from tests.helpers.routing_jobs import agreement_job, loop_job, record_job, taken_job
+from tests.helpers.routing_jobs import (
+    agreement_job,
+    loop_job,
+    record_job,
+    rollouts_of,
+    taken_job,
+)
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.distributed
@@ -162,20 +168,8 @@ def engine_batch(recorded: Recorded, *, routed: bool) -> list[TrainSequence]:
         routes[-1] = -1
         return routes
 
-    return [
-        TrainSequence(
-            group=i // 3,
-            prompt_ids=each.input_ids[: each.prompt_length],
-            response_ids=each.input_ids[each.prompt_length :],
-            rollout_logprobs=torch.full((each.response_length,), -4.0),
-            advantage=(-1.0) ** i,
-            truncated=False,
-            rollout_routes=routes if routed else None,
-        )
-        for i, (each, routes) in enumerate(
-            zip(recorded.sequences, recorded.changed(elsewhere), strict=True)
-        )
-    ]
+    changed = recorded.changed(elsewhere)
+    return rollouts_of(recorded.sequences, changed if routed else [None] * len(changed))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,7 +18,13 @@ from megatron_cpgd.types import LossSequence, TrainSequence
 from tests.helpers.parity import Reference, errors, train
 from tests.helpers.policy_jobs import with_old_logprobs
 from tests.helpers.ranks import run_distributed
-from tests.helpers.routing_jobs import loop_job, own_routes_job, passes_job, record_job
+from tests.helpers.routing_jobs import (
+    loop_job,
+    own_routes_job,
+    passes_job,
+    record_job,
+    rollouts_of,
+)
 from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.distributed
@@ -228,18 +234,8 @@ def test_a_rollout_batch_trains_like_on_one_rank(loop, reference, layout):
 
 
 def train_sequences(reference: Reference, *, routed: bool) -> list[TrainSequence]:
-    return [
-        TrainSequence(
-            group=i // 3,
-            prompt_ids=each.input_ids[: each.prompt_length],
-            response_ids=each.input_ids[each.prompt_length :],
-            rollout_logprobs=torch.full((each.response_length,), -4.0),
-            advantage=(-1.0) ** i,
-            truncated=False,
-            rollout_routes=each.routes if routed else None,
-        )
-        for i, each in enumerate(reference.sequences)
-    ]
+    routes = [each.routes if routed else None for each in reference.sequences]
+    return rollouts_of(reference.sequences, routes)
 
 
 def bare(reference: Reference) -> list[LossSequence]:

@@ -12,42 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig, PrecisionConfig
+from megatron_cpgd.config.schema import ExperimentConfig, PrecisionConfig
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.policy.fp8 import require_fp8
-from megatron_cpgd.policy.parallel import init_model_parallel
 from megatron_cpgd.weights.quantize import FP8, quantize, scale_shape
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, with_old_logprobs
-from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
+from tests.helpers.tiny import GPU_SIZES, save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
-# Multiples of 128 throughout; heads of 64, which every attention kernel knows.
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.05,
-}
 RECIPES = ["fp8_blockwise", "fp8_tensorwise", "fp8_delayed", "mxfp8"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    """A world of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    init_model_parallel(ParallelConfig(), seed=0)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("qwen2")
-    save_tiny_model(path, "qwen2", **SIZES)
+    save_tiny_model(path, "qwen2", **GPU_SIZES)
     return path
 
 

@@ -7,32 +7,12 @@ layers, and the tolerances of bf16 are two to ten times what was measured there.
 import pytest
 import torch
 
-from megatron_cpgd.config.schema import ExperimentConfig, ParallelConfig
-from megatron_cpgd.policy.parallel import init_model_parallel
+from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.policy.policy import Policy
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, with_old_logprobs
-from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
+from tests.helpers.tiny import GPU_SIZES, save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.gpu
-
-# Flash and cuDNN attention take head sizes that are multiples of 8; 64 is one all of them know.
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.05,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    """A world of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    init_model_parallel(ParallelConfig(), seed=0)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -40,7 +20,7 @@ def saved(request, tmp_path_factory):
     """(folder, transformers model in fp32 on the CPU)."""
     path = tmp_path_factory.mktemp(request.param)
     extra = {"head_dim": 64} if request.param == "qwen3" else {}
-    return path, save_tiny_model(path, request.param, **SIZES, **extra)
+    return path, save_tiny_model(path, request.param, **GPU_SIZES, **extra)
 
 
 def gpu_config(path, dtype: str, **batch) -> ExperimentConfig:

@@ -47,7 +47,7 @@ def main(assets: Path, out: Path) -> None:
     from megatron_cpgd.config.load import load_config
     from megatron_cpgd.policy.parallel import join_world
     from megatron_cpgd.rollout.reused_engine import ReusedEngine
-    from megatron_cpgd.sampler import start_engine
+    from megatron_cpgd.rollout.start import start_engine
 
     configs = {}
     for name, changes in RUNS.items():

@@ -1,5 +1,6 @@
 """Jobs for `run_distributed` about routing replay."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,24 @@ from megatron_cpgd.policy.routing_replay import LayerReplay, RouteAgreement, Rou
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.types import LossSequence, TrainSequence
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, write_weights
+
+
+def rollouts_of(
+    sequences: Sequence[LossSequence], routes: Sequence[torch.Tensor | None]
+) -> list[TrainSequence]:
+    """The same tokens as an engine might have sampled them, three to a prompt, with its routes."""
+    return [
+        TrainSequence(
+            group=i // 3,
+            prompt_ids=each.input_ids[: each.prompt_length],
+            response_ids=each.input_ids[each.prompt_length :],
+            rollout_logprobs=torch.full((each.response_length,), -4.0),
+            advantage=(-1.0) ** i,
+            truncated=False,
+            rollout_routes=own,
+        )
+        for i, (each, own) in enumerate(zip(sequences, routes, strict=True))
+    ]
 
 
 def record_job(

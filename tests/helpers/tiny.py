@@ -111,6 +111,16 @@ SIZES: dict[str, Any] = {
 }
 
 
+# Multiples of 128 throughout, for FP8; flash and cuDNN attention all know heads of 64.
+GPU_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+}
+
+
 def save_tiny_model(path: Path, architecture: str, **overrides: Any) -> Any:
     """Save a random fp32 model to `path` and return it, in eval mode.
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.data.run_prompts import Prompts
 from megatron_cpgd.demo.tokenizer import build_tokenizer
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling, stream_seeds
-from megatron_cpgd.sampler import Prompts, Sampler
+from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.types import Rollout, RouteLayout, Routes

@@ -10,9 +10,9 @@ import megatron_cpgd.policy  # noqa: F401  before anything imports megatron
 from megatron_cpgd.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_cpgd.errors import ConfigError, ConversionError
 from megatron_cpgd.policy import transformer_config
-from megatron_cpgd.policy.model import padded_vocab_size
 from megatron_cpgd.policy.rope import rope_arguments, rope_parameters
 from megatron_cpgd.policy.transformer_config import FIXED_FIELDS, build_transformer_config
+from megatron_cpgd.weights.placement import padded_vocab_size
 
 FP32 = PrecisionConfig(train="fp32")
 HF = {

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_cpgd.config.schema import ParallelConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.weights.architectures import Decoder, Experts
+from megatron_cpgd.weights.decoder import Decoder, Experts
 from megatron_cpgd.weights.placement import Placement
 
 MODEL = Decoder(
