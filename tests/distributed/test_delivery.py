@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     made = {}
-    for architecture in ("qwen3", "qwen3_moe"):
+    for architecture in ("qwen3", "qwen3_moe", "gpt_oss"):
         made[architecture] = tmp_path_factory.mktemp(architecture)
         save_tiny_model(made[architecture], architecture)
     return made
@@ -26,6 +26,8 @@ CASES = {
     "three_senders_to_one_receiver": ("qwen3", {"tp": 2, "pp": 2}, "abbb", 3),
     "replica_sends_nothing": ("qwen3", {"tp": 2, "dp": 2}, "aabb", 0),
     "experts_only": ("qwen3_moe", {"dp": 2, "ep": 2}, "ab", 1),
+    "packed_experts": ("gpt_oss", {"dp": 2, "ep": 2}, "ab", 1),
+    "packed_experts_in_halves": ("gpt_oss", {"dp": 2, "etp": 2}, "ab", 1),
     "ranks_of_two_hosts_in_turn": ("qwen3_moe", {"tp": 2, "dp": 2, "ep": 2}, "abab", 2),
 }
 
