@@ -9,6 +9,9 @@ from torch import Tensor
 from megatron_cpgd.policy import device
 from megatron_cpgd.types import TrainSequence
 
+BUCKET_BYTES = 64 * 2**20
+"""That pass through the GPU at a time: the routes of a large batch are gigabytes."""
+
 
 def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequence]:
     """Rank 0's sequences, on every rank. Collective over the world.
@@ -83,6 +86,8 @@ def _broadcast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     dist.broadcast(size, src=0)
     if tensor is None:
         tensor = torch.empty(int(size), dtype=dtype)
-    moved = tensor.to(device.current())
-    dist.broadcast(moved, src=0)
-    return moved.cpu()
+    for part in tensor.split(BUCKET_BYTES // dtype.itemsize):
+        moved = part.to(device.current())
+        dist.broadcast(moved, src=0)
+        part.copy_(moved)
+    return tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.policy import delivery, shards
+from megatron_cpgd.policy import delivery, shards, share
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
@@ -21,7 +21,8 @@ from tests.helpers.policy_jobs import build_policy
 
 
 def share_job(sequences: list[TrainSequence]) -> list[TrainSequence]:
-    return share_sequences(sequences if dist.get_rank() == 0 else None)
+    with patch.object(share, "BUCKET_BYTES", 24):  # less than a batch, and than most parts of it
+        return share_sequences(sequences if dist.get_rank() == 0 else None)
 
 
 def written_job(config: ExperimentConfig) -> dict[str, Tensor]:
