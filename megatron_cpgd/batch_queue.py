@@ -1,7 +1,9 @@
 """Rank 0's batches between sampling and training: with stale rollouts some are always waiting."""
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,21 @@ import msgspec
 import torch
 from torch import Tensor
 
-from megatron_cpgd.sampler import Sampler
+from megatron_cpgd.sampler import Sampler, SamplerPosition
 from megatron_cpgd.scored_batch import ScoredBatch
 from megatron_cpgd.tracking.timer import StepTimer
 
 FILE = "batches.msgpack"
 """Inside a checkpoint: the batches that wait, if any."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """How far the sampling has come."""
+
+    sampler: SamplerPosition
+    waiting: tuple[ScoredBatch, ...]
 
 
 class BatchQueue:
@@ -41,12 +52,14 @@ class BatchQueue:
         self._batches: deque[ScoredBatch] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling") if overlap else None
         self._ahead: Future[float] | None = None
+        self._before_ahead: QueuePosition | None = None
 
     def take(self, step: int, timer: StepTimer) -> ScoredBatch:
         """The batch of a step; the engine holds the weights after the step before."""
         self.fill(step, timer)
         batch = self._batches.popleft()
         if self._thread:
+            self._before_ahead = self.position()
             waiting = min(self._staleness, self._last_step - step)
             self._ahead = self._thread.submit(self._fill_ahead, step + 1, waiting, step - 1)
         return batch
@@ -57,8 +70,13 @@ class BatchQueue:
         waiting = min(self._staleness, self._last_step - step)
         self._fill(step, 1 if self._thread else 1 + waiting, step - 1, timer)
 
-    def finish(self, timer: StepTimer) -> dict[str, float]:
+    def finish(
+        self, timer: StepTimer, give_up: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """Wait for what is sampled in the background; the engine may then get other weights.
+
+        Args:
+            give_up: asked while it waits; None is returned if it says so, and the sampling goes on.
 
         Raises:
             RolloutError, WeightSyncError: as `RolloutEngine.generate`.
@@ -66,9 +84,29 @@ class BatchQueue:
         if self._ahead is None:
             return {}
         with timer("wait"):
+            while not wait([self._ahead], POLL_S).done:
+                if give_up():
+                    return None
             seconds = self._ahead.result()
         self._ahead = None
         return {"time/background_s": seconds}
+
+    def abandon(self) -> None:
+        """Go back to before what is sampled in the background. Call it after closing the engine,
+        which ends the sampling."""
+        if self._ahead is not None and self._before_ahead is not None:
+            self._ahead.exception()  # waits
+            self._ahead = None
+            self.return_to(self._before_ahead)
+
+    def position(self) -> QueuePosition:
+        """What `return_to` needs."""
+        return QueuePosition(self._sampler.position(), self.waiting)
+
+    def return_to(self, position: QueuePosition) -> None:
+        """As if nothing had been sampled since."""
+        self._sampler.return_to(position.sampler)
+        self._batches = deque(position.waiting)
 
     def close(self) -> None:
         """Sample nothing more. Does not wait: closing the engine ends what goes on."""
@@ -91,10 +129,6 @@ class BatchQueue:
     def waiting(self) -> tuple[ScoredBatch, ...]:
         """The batches of the next steps."""
         return tuple(self._batches)
-
-    @waiting.setter
-    def waiting(self, batches: tuple[ScoredBatch, ...]) -> None:
-        self._batches = deque(batches)
 
     def clear(self) -> None:
         """Forget the waiting batches; their prompts are not drawn again."""

@@ -1,7 +1,7 @@
 """The batch of a step, or the end of a run that was asked to stop, behind a checkpoint."""
 
 import logging
-from typing import Never
+from typing import Any, Never
 
 import torch.distributed as dist
 
@@ -32,35 +32,57 @@ def next_batch(run: Run, step: int, timer: StepTimer) -> ScoredBatch | None:
         done = run.folder.checkpoint(step - 1).name
         decision = _STOP if run.folder.latest() == done or step == 1 else _SAVE_AND_STOP
     decision = share_integer(decision)
+    if decision == _SAVE_AND_STOP:
+        save(run, step - 1)
+        publish(run, step - 1)
     if decision != _GO_ON:
-        _stop(run, step - 1, saves=decision == _SAVE_AND_STOP)
+        stop_behind(run, step - 1)
     run.stop.has_work = True
     return batch
 
 
+def finish_sampling(run: Run, timer: StepTimer, metrics: dict[str, Any]) -> bool:
+    """Wait for what is sampled in the background, for later steps. Collective over the world.
+
+    A run that was asked to stop waits for half of its time. Then it abandons the batch, and the
+    next start samples one in its place, with newer weights.
+
+    Returns:
+        Whether it was abandoned: the engine is gone, the step is to be saved and the run to end.
+    """
+    if not run.config.rollout.overlap:
+        return False
+    finished: dict[str, float] | None = {}
+    if run.batches and run.sampler:
+        finished = run.batches.finish(timer, give_up=lambda: run.stop.late)
+        if finished is None:
+            logger.info("asked to stop: what is sampled in the background is abandoned")
+            run.sampler.engine.close()
+            run.batches.abandon()
+        metrics |= finished or {}
+    return share_integer(finished is None) == 1
+
+
 def _take(run: Run, step: int, timer: StepTimer) -> ScoredBatch | None:
     """None if this is not rank 0, or was asked to stop: then prompts and queue are as before."""
-    if not (run.prompts and run.batches):
+    if run.batches is None:
         return None
-    drawn, waiting = run.prompts.stream.state(), run.batches.waiting
-    in_flight = run.sampler.in_flight if run.sampler else None
-    groups = in_flight.copy_groups() if in_flight else []
+    position = run.batches.position()
     try:
         with run.stop.interruptible():
             run.batches.fill(step, timer)
     except StopRequested:
-        run.prompts.stream.load_state(drawn)
-        run.batches.waiting = waiting
-        if in_flight:
-            in_flight.groups = groups
+        run.batches.return_to(position)
         return None
     return run.batches.take(step, timer)
 
 
-def _stop(run: Run, done: int, *, saves: bool) -> Never:
-    if saves:
-        save(run, done)
-        publish(run, done)
+def stop_behind(run: Run, done: int) -> Never:
+    """End a run that was asked to stop. Collective over the world.
+
+    Raises:
+        RunStopped: always.
+    """
     if run.policy.info.rank == 0:
         logger.info("stopped behind step %d as asked; the same command goes on from there", done)
     dist.barrier()  # srun ends all ranks when the first one does: not before `latest` is written

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from megatron_cpgd.algorithm.advantages import (
 from megatron_cpgd.config.schema import EvalSet, ExperimentConfig
 from megatron_cpgd.data.run_prompts import Prompts
 from megatron_cpgd.errors import RolloutError
-from megatron_cpgd.in_flight import InFlight, age_metrics
+from megatron_cpgd.in_flight import InFlight, OpenGroup, age_metrics
 from megatron_cpgd.rewards.base import RewardRequest, RewardResult
 from megatron_cpgd.rewards.pool import RewardPool
 from megatron_cpgd.rollout.engine import RolloutEngine, Sampling
@@ -26,6 +26,15 @@ from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import read_decoder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerPosition:
+    """How far the sampling has come."""
+
+    prompts: dict[str, int]
+    groups: list[OpenGroup]
+    """In flight."""
 
 
 class Sampler:
@@ -129,6 +138,17 @@ class Sampler:
                 f"eval/{name}/response_tokens_mean": fmean(len(r.token_ids) for r in rollouts),
             }
         return metrics
+
+    def position(self) -> SamplerPosition:
+        """What `return_to` needs."""
+        groups = self.in_flight.copy_groups() if self.in_flight else []
+        return SamplerPosition(self._prompts.stream.state(), groups)
+
+    def return_to(self, position: SamplerPosition) -> None:
+        """As if nothing had been sampled since."""
+        self._prompts.stream.load_state(position.prompts)
+        if self.in_flight:
+            self.in_flight.groups = position.groups
 
     def close(self) -> None:
         """End the workers."""

@@ -1,10 +1,12 @@
 """Requests to stop: the signals of this process, when they are acted on, and the latest end."""
 
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -34,12 +36,19 @@ class StopRequest:
         """Whether a checkpoint was written since this start: a further start gets further."""
         self.signal = signal.SIGUSR1
         """The one that came."""
+        self.late_at = math.inf
+        """When half of the time to stop is over, by `time.monotonic`."""
         self._interrupts = False
 
     @property
     def exit_code(self) -> int:
         """STOPPED if starting again makes sense, else as if the signal had killed the process."""
         return STOPPED if self.advanced else 128 + self.signal
+
+    @property
+    def late(self) -> bool:
+        """Whether what the run can do without has to be given up, so that it ends in time."""
+        return time.monotonic() > self.late_at
 
     def interrupt(self) -> None:
         """Inside `interruptible` raise StopRequested, once, if the process was asked to stop."""
@@ -109,6 +118,7 @@ def _watch(
             number = receiver.recv(1)[0]  # the interpreter writes the number of every signal
             if number in STOP_SIGNALS:
                 stop.signal = signal.Signals(number)
+                stop.late_at = time.monotonic() + within_s / 2
                 stop.asked = True
     signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
     if stop.has_work and left.wait(within_s):

@@ -28,7 +28,7 @@ from megatron_cpgd.planning.outcome import predicted_and_measured
 from megatron_cpgd.policy.policy import StepResult
 from megatron_cpgd.policy.routing_gap import RoutedPass, measure_routing_gap, rollout_routes
 from megatron_cpgd.policy.share import share_sequences
-from megatron_cpgd.preemption import next_batch
+from megatron_cpgd.preemption import finish_sampling, next_batch, stop_behind
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
@@ -77,12 +77,15 @@ def train(
                     metrics |= _set_ref_logprobs(run, sequences)
             with timer("train"):
                 metrics |= _optimise(run, sequences, step)
-            if run.batches and batch:
-                metrics |= batch_metrics(batch, step) | run.batches.finish(timer)
+            metrics |= batch_metrics(batch, step) if batch else {}
+            abandoned = finish_sampling(run, timer, metrics)
             metrics |= guard(run, step, metrics)  # a collapse ends the run or takes it back
-            with timer("sync"):
-                metrics |= sync_weights(run.policy, engine, run.arena, version=step)
-            _finish_step(run, step, batch, metrics, timer)
+            if not abandoned:
+                with timer("sync"):
+                    metrics |= sync_weights(run.policy, engine, run.arena, version=step)
+            _finish_step(run, step, batch, metrics, timer, stops=abandoned)
+            if abandoned:
+                stop_behind(run, step)
         if run.done == config.run.steps:  # no step was left, only the export is missing
             export(run, run.done)
         if run.metrics:
@@ -242,15 +245,25 @@ def _mean(values: list[float]) -> float:
 
 
 def _finish_step(
-    run: Run, step: int, batch: ScoredBatch | None, metrics: dict[str, Any], timer: StepTimer
+    run: Run,
+    step: int,
+    batch: ScoredBatch | None,
+    metrics: dict[str, Any],
+    timer: StepTimer,
+    *,
+    stops: bool,
 ) -> None:
-    """Evaluate, save, export and write down what the step was."""
+    """Evaluate, save, export and write down what the step was.
+
+    Args:
+        stops: the engine is gone; save only.
+    """
     last = step == run.config.run.steps
     checkpoint = run.config.checkpoint
-    if last or step % run.config.eval.every == 0:
+    if not stops and (last or step % run.config.eval.every == 0):
         with timer("eval"):
             metrics |= _evaluate(run, step)
-    saves = last or step % checkpoint.every == 0 or ROLLED_BACK_TO in metrics
+    saves = last or stops or step % checkpoint.every == 0 or ROLLED_BACK_TO in metrics
     if saves:
         with timer("checkpoint"):
             save(run, step)

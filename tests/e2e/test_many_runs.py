@@ -54,6 +54,18 @@ def test_sampling_in_the_background_changes_nothing_but_the_time(runs):
     assert "time/generate_s" not in rows[1], "the step found its batch waiting"
 
 
+# Undisturbed, the fifth batch would be sampled by the weights of step 2.
+def test_a_run_that_must_stop_abandons_the_batch_in_the_background_and_samples_it_anew(runs):
+    stopped = read_rows(runs / "overlapped_stopped.jsonl")
+    assert [row["step"] for row in stopped] == [0, 1, 2, 3]
+    rows = read_rows(runs / "overlapped_stopped" / "metrics.jsonl")
+    assert rows[:4] == stopped
+    assert [row["rollout/staleness"] for row in rows[1:]] == [0, 1, 2, 2, 1, 2]
+    undisturbed = read_rows(runs / "overlapped" / "metrics.jsonl")
+    for name in ("reward/mean", "rollout/response_tokens", "policy/grad_norm"):
+        assert [row[name] for row in rows[1:5]] == [row[name] for row in undisturbed[1:5]]
+
+
 def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):
     trainer, sampler = (
         [row["policy/kl_k3"] for row in learnt(runs / name)[1:]]

@@ -1,12 +1,18 @@
 """Runs of one process that share an engine: `python -m tests.helpers.many_runs ASSETS OUT`."""
 
 import os
+import shutil
 import socket
 import sys
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_cpgd.errors import RolloutError, RunStopped
+from megatron_cpgd.rollout.engine import Sampling
+from megatron_cpgd.stop_request import StopRequest
 from tests.helpers.full_run import settings, write_yaml
 
 DAPO = {
@@ -20,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "stale": {"rollout": {"staleness": 2}},
     "stale_interrupted": {"rollout": {"staleness": 2}},
     "overlapped": {"rollout": {"staleness": 2, "overlap": True}},
+    "overlapped_stopped": {"rollout": {"staleness": 2, "overlap": True}},
     "dapo": {"algorithm": DAPO},
     "dapo_interrupted": {"algorithm": DAPO},
     "pieces": {"rollout": {"piece_tokens": 2}},
@@ -70,9 +77,38 @@ def main(assets: Path, out: Path) -> None:
                 except BrokenOffError:
                     loop.log_step = log_step
             engine.begin_run()
+            if name.endswith("_stopped"):
+                stop = StopRequest()
+                with suppress(RunStopped):
+                    loop.train(config, HangingEngine(engine, stop), stop)
+                shutil.copy(out / name / "metrics.jsonl", out / f"{name}.jsonl")
+                engine.begin_run()
             loop.train(config, engine)
     finally:
         engine.close()
+
+
+class HangingEngine:
+    """An engine whose fifth batch takes for ever; then the time to stop has come."""
+
+    def __init__(self, engine: Any, stop: StopRequest) -> None:
+        self._engine, self._stop = engine, stop
+        self._batches = 0
+        self._closed = threading.Event()
+
+    def generate(self, prompts: Any, sampling: Sampling, **others: Any) -> Any:
+        self._batches += sampling.n > 1  # else it evaluates
+        if self._batches == 5:
+            self._stop.asked, self._stop.late_at = True, 0.0
+            self._closed.wait()
+            raise RolloutError("closed")
+        return self._engine.generate(prompts, sampling, **others)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 class BrokenOffError(Exception):

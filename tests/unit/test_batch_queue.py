@@ -22,6 +22,12 @@ class CountingSampler:
         self.steps: list[int] = []
         """For which each batch was said to be."""
 
+    def position(self) -> int:
+        return self.batches
+
+    def return_to(self, position: int) -> None:
+        self.batches = position
+
     def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
         self.batches += 1
         self.steps.append(step)
@@ -123,6 +129,24 @@ def test_a_step_trains_while_the_batch_of_a_later_one_is_sampled():
     assert queue.finish(timer)["time/background_s"] > 0
     assert sampler.batches == 2
     assert number_and_version(queue.take(2, timer)) == (2, 0)
+
+
+def test_a_batch_that_is_abandoned_is_sampled_again_by_later_weights():
+    class ClosedEngine(HeldSampler):
+        def sample(self, *, step: int, version: int, timer: StepTimer) -> ScoredBatch:
+            batch = super().sample(step=step, version=version, timer=timer)
+            if self.batches == 3:
+                raise RolloutError("the engine was closed")
+            return batch
+
+    sampler = ClosedEngine()
+    queue = BatchQueue(sampler, staleness=2, last_step=9, overlap=True)
+    queue.take(1, StepTimer())
+    assert queue.finish(StepTimer(), give_up=lambda: True) is None
+    sampler.may_go_on.set()  # the second batch is done, the third fails
+    queue.abandon()
+    assert sampler.batches == 1 and queue.waiting == ()
+    assert number_and_version(queue.take(2, StepTimer())) == (2, 1), "else it would be of version 0"
 
 
 def test_an_error_in_the_background_is_raised_where_the_step_waits():

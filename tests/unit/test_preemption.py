@@ -8,6 +8,7 @@ from megatron_cpgd.batch_queue import BatchQueue
 from megatron_cpgd.data.stream import PromptStream
 from megatron_cpgd.in_flight import InFlight
 from megatron_cpgd.preemption import _take
+from megatron_cpgd.sampler import Sampler as RealSampler
 from megatron_cpgd.stop_request import StopRequest
 from megatron_cpgd.tracking.timer import StepTimer
 
@@ -17,8 +18,11 @@ class Sampler:
 
     def __init__(self, stop: StopRequest, interrupted_draw: int | None) -> None:
         self.stream = PromptStream(7, 2, seed=3, shuffle=True)
+        self._prompts = SimpleNamespace(stream=self.stream)
         self.in_flight = InFlight(piece_tokens=1, max_tokens=2)
         self._stop, self._interrupted_draw = stop, interrupted_draw
+
+    position, return_to = RealSampler.position, RealSampler.return_to
 
     def sample(self, *, step: int, version: int, timer: StepTimer) -> tuple[int, ...]:
         batch = (version, *self.stream.next_batch())
@@ -36,12 +40,12 @@ def build_run(staleness: int, interrupted_draw: int | None = None):
     stop = StopRequest()
     sampler = Sampler(stop, interrupted_draw)
     queue = BatchQueue(sampler, staleness=staleness, last_step=9)
-    return SimpleNamespace(prompts=sampler, batches=queue, stop=stop, sampler=sampler)
+    return SimpleNamespace(batches=queue, stop=stop, sampler=sampler)
 
 
 def state(run):
     groups = [(group.prompt, list(group.rollouts)) for group in run.sampler.in_flight.groups]
-    return run.prompts.stream.state(), run.batches.waiting, groups
+    return run.sampler.stream.state(), run.batches.waiting, groups
 
 
 def take(run, step: int):
@@ -70,4 +74,4 @@ def test_a_request_that_came_during_the_step_before_prevents_the_sampling():
     run = build_run(0)
     run.stop.asked = True
     assert take(run, 1) is None
-    assert run.prompts.stream.batches == 0
+    assert run.sampler.stream.batches == 0
