@@ -22,9 +22,9 @@ from megatron_cpgd.policy.supported import check_supported, layer_types
 from megatron_cpgd.weights.decoder import Decoder, Experts
 from megatron_cpgd.weights.registry import read_decoder
 
-# Upstream's fusions; all need Transformer Engine or NVIDIA apex, which exist on CUDA only.
+# Upstream's fusions; off on a CPU, where most of them do not exist.
 _FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
-            "persist_layer_norm", "apply_rope_fusion")  # fmt: skip
+            "persist_layer_norm", "apply_rope_fusion", "moe_permute_fusion")  # fmt: skip
 
 # What the model path, the layout and the precision already determine.
 FIXED_FIELDS = {
@@ -174,9 +174,8 @@ def build_transformer_config(
         **_expert_fields(hf, decoder),
         **_gpt_oss_fields(hf, decoder, parallel),
         **_latent_fields(hf, decoder),
+        **_fusion_fields(hf, decoder),
     }
-    if not torch.cuda.is_available():
-        fields |= dict.fromkeys(_FUSIONS, False)
     try:
         config = config_class(**(fields | model.megatron))
     except (TypeError, ValueError, AssertionError) as error:
@@ -188,6 +187,11 @@ def build_transformer_config(
     config.expert_tensor_parallel_size = parallel.etp
     for name, value in yarn_attributes(hf).items():
         setattr(config, name, value)
+    if config.apply_rope_fusion and yarn_attributes(hf):
+        raise ConfigError(
+            "model.megatron.apply_rope_fusion: the fused kernel leaves out YaRN's scale in packed "
+            "batches without a word; remove it"
+        )
     return config
 
 
@@ -271,6 +275,19 @@ def _latent_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
             "mscale_all_dim": rope["mscale_all_dim"],
         }
     return fields
+
+
+def _fusion_fields(hf: dict[str, Any], decoder: Decoder) -> dict[str, bool]:
+    """Kernels that do several elementwise steps at once, for less time and fewer activations."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(_FUSIONS, False)
+    return {
+        "bias_activation_fusion": hf["model_type"] != "gpt_oss",
+        "bias_dropout_fusion": True,
+        # Latent attention turns interleaved pairs, for which there is no such kernel.
+        "apply_rope_fusion": decoder.latent is None and not yarn_attributes(hf),
+        "moe_permute_fusion": decoder.experts is not None,
+    }
 
 
 def _router_fields(hf: dict[str, Any], experts: Experts) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def list_layout(
     try:
         info = init_model_parallel(parallel, seed=0)
         with pretended_gpu():
-            transformer = build_transformer_config(
-                hf, ModelConfig(path=Path("unused")), parallel, precision
-            )
+            # The fused permutation has tensors on the GPU, and no parameters.
+            model = ModelConfig(path=Path("unused"), megatron={"moe_permute_fusion": False})
+            transformer = build_transformer_config(hf, model, parallel, precision)
             [chunk] = build_chunks(transformer, hf, info)
     finally:
         parallel_state.destroy_model_parallel()

@@ -386,3 +386,34 @@ def test_yarn_of_gpt_oss_has_no_rounding_and_the_factor_of_its_paper():
 def test_a_gpt_oss_that_megatron_would_compute_differently_is_refused(change, message):
     with pytest.raises(ConversionError, match=message):
         build(GPT_OSS | change)
+
+
+def test_on_a_gpu_what_is_computed_element_by_element_is_fused_where_upstream_does_it_right(
+    monkeypatch,
+):
+    given = []
+
+    class Recorder(transformer_config.TransformerConfig):
+        def __init__(self, **fields):
+            given.append(fields)
+            super().__init__(**(fields | dict.fromkeys(transformer_config._FUSIONS, False)))
+
+    monkeypatch.setattr(transformer_config, "TransformerConfig", Recorder)
+    monkeypatch.setattr(transformer_config.torch.cuda, "is_available", lambda: True)
+    build({})
+    build(GPT_OSS)
+    dense, gpt_oss = given
+    assert (dense["apply_rope_fusion"], dense["bias_activation_fusion"]) == (True, True)
+    assert (gpt_oss["apply_rope_fusion"], gpt_oss["bias_activation_fusion"]) == (False, False)
+    assert (dense["moe_permute_fusion"], gpt_oss["moe_permute_fusion"]) == (False, True)
+
+
+# Its kernel for packed batches takes no factor: log-probs would be wrong without a word.
+def test_fused_rotary_embeddings_are_refused_with_yarn(monkeypatch):
+    class Unchecked(transformer_config.TransformerConfig):
+        def __post_init__(self):  # would ask for Transformer Engine
+            pass
+
+    monkeypatch.setattr(transformer_config, "TransformerConfig", Unchecked)
+    with pytest.raises(ConfigError, match=r"apply_rope_fusion: the fused kernel leaves out YaRN"):
+        build(GPT_OSS, megatron={"apply_rope_fusion": True})
