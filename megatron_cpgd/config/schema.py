@@ -165,6 +165,12 @@ class RolloutConfig(Config):
     devices: list[Annotated[int, Field(ge=0)]] | None = None
     """CUDA devices of the engines, as rank 0 numbers them, in equal shares one after the other;
     null: every engine sees all of them. The trainer's ranks take the devices 0, 1, ..."""
+    nodes: int = Field(0, ge=0)
+    """Nodes with engines only, beside those of the trainer; they take equal shares of `engines`.
+    0: the engines are on the first node of the trainer."""
+    sleep: bool = False
+    """Engines give their GPU memory back while the trainer works, and take it again to sample. For
+    engines on GPUs of the trainer."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
     exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""
