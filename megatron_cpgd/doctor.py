@@ -64,13 +64,28 @@ class Host:
 
     @property
     def node(self) -> int:
-        """Number of this one; 0 has the engine."""
+        """Number of this one."""
         return int(self.environment.get("SLURM_NODEID", "0")) if self.nodes > 1 else 0
 
     @property
     def ranks(self) -> int:
         """Of the run, on this node."""
-        return self.config.parallel.world_size // self.nodes if self.config else 1
+        if self.config is None:
+            return 1
+        return self.config.parallel.world_size // self.trainers if self.node < self.trainers else 0
+
+    @property
+    def trainers(self) -> int:
+        """Nodes with ranks: the first ones. Engine nodes come behind them."""
+        engine_nodes = self.config.rollout.nodes if self.config else 0
+        return max(1, self.nodes - engine_nodes)
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether engines read the weights from this node's memory."""
+        if self.nodes > 1 and self.config and self.config.rollout.nodes:
+            return self.node >= self.trainers
+        return self.node == 0
 
     @property
     def master(self) -> tuple[str, int]:
@@ -319,7 +334,7 @@ def check_space(host: Host) -> Iterator[Finding]:
         yield Finding(check="run.dir", status="WARN", found=found, advice=advice)
     else:
         yield Finding(check="run.dir", status="PASS", found=found)
-    if host.node == 0:
+    if host.has_engines:
         needed = parameters * _BYTES[config.precision.engine_weights]
         free = shutil.disk_usage(SHARED_MEMORY).free
         found = f"{_gb(free)} free in {SHARED_MEMORY}, the weights take about {_gb(needed)}"

@@ -1,5 +1,7 @@
 """Starts the trainer ranks of one machine and stops all of them when one fails.
 
+Engine nodes too, if the run has any: there they are processes that take themselves for other hosts.
+
 torchrun would do, and may be used in its place. On one machine these lines start faster
 (torchrun imports torch for seconds before the first rank does), return the exit code of the rank
 that failed, and show the end of its log.
@@ -12,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ FORWARD_GRACE_S = 60.0
 """Time for the ranks to end after a signal that was sent to the launcher."""
 RANK_0_GRACE_S = 3.0
 """Time for rank 0 to end by itself after another rank has failed: it may give the reason."""
+NODE_GRACE_S = 10.0
+"""The same after an engine node has failed."""
 _POLL_S = 0.05
 _TAIL_LINES = 30
 _PR_SET_PDEATHSIG = 1
@@ -32,16 +36,23 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rank:
-    rank: int
+    name: str
     process: subprocess.Popen[bytes]
     log_path: Path | None
     """None for rank 0, which writes to the terminal."""
     log_start: int
     """Where this run begins in a log that an earlier one has left."""
+    trains: bool
+    """False for an engine node."""
 
 
 def launch_ranks(
-    argv: list[str], world_size: int, log_dir: Path, *, stop_within_s: float = 0.0
+    argv: list[str],
+    world_size: int,
+    log_dir: Path,
+    *,
+    stop_within_s: float = 0.0,
+    engine_nodes: Sequence[list[str]] = (),
 ) -> int:
     """Run a command `world_size` times on this machine, once for each rank, and wait for all.
 
@@ -53,6 +64,8 @@ def launch_ranks(
         argv: the command, program first; it finds its place in RANK, LOCAL_RANK, WORLD_SIZE,
             LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
         stop_within_s: how much longer than FORWARD_GRACE_S ranks may take after STOP_SIGNALS.
+        engine_nodes: the command of each; number N writes to `log_dir/engine_node_N.log`, gets no
+            signals, and ends by itself when rank 0 does.
 
     Returns:
         0 if all ranks succeeded, else the exit code of the first that failed: 128 + n for a rank
@@ -66,7 +79,15 @@ def launch_ranks(
         stack.callback(_stop, ranks)
         for rank in range(world_size):
             if not received:
-                ranks.append(_start(argv, rank, environment, log_dir))
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                log_path = log_dir / f"rank_{rank}.log" if rank else None
+                ranks.append(_start(f"rank {rank}", argv, environment | place, log_path))
+        for node, command in enumerate(engine_nodes if not received else ()):
+            place = {"SLURMD_NODENAME": f"engine_node_{node}"}
+            log_path = log_dir / f"engine_node_{node}.log"
+            ranks.append(
+                _start(f"engine node {node}", command, environment | place, log_path, trains=False)
+            )
         return _wait(ranks, received, stop_within_s)
 
 
@@ -88,13 +109,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(argv: list[str], rank: int, environment: Mapping[str, str], log_dir: Path) -> _Rank:
-    log_path = log_dir / f"rank_{rank}.log" if rank else None
+def _start(
+    name: str,
+    argv: list[str],
+    environment: Mapping[str, str],
+    log_path: Path | None,
+    *,
+    trains: bool = True,
+) -> _Rank:
     with ExitStack() as stack:
         log: BinaryIO | None = stack.enter_context(log_path.open("ab")) if log_path else None
         process = subprocess.Popen(
             argv,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -103,7 +130,11 @@ def _start(argv: list[str], rank: int, environment: Mapping[str, str], log_dir: 
             preexec_fn=_die_with_parent(),
         )
         return _Rank(
-            rank=rank, process=process, log_path=log_path, log_start=log.tell() if log else 0
+            name=name,
+            process=process,
+            log_path=log_path,
+            log_start=log.tell() if log else 0,
+            trains=trains,
         )
 
 
@@ -127,7 +158,7 @@ def _forwarded_signals(ranks: list[_Rank]) -> Iterator[list[int]]:
     def forward(number: int, _: object) -> None:
         received.append(number)
         for rank in ranks:
-            if rank.process.poll() is None:
+            if rank.trains and rank.process.poll() is None:
                 rank.process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, *STOP_SIGNALS)}
@@ -159,10 +190,12 @@ def _explain(ranks: list[_Rank]) -> int:
     """Show why ranks have failed; returns the exit code of the one to blame."""
     failed = [rank for rank in ranks if rank.process.returncode]
     # A rank that was killed says nothing, and whatever its peers say is about the lost connection.
-    blamed = [rank for rank in failed if rank.process.returncode < 0]
+    blamed = [rank for rank in failed if rank.trains and rank.process.returncode < 0]
     if not blamed:
         with suppress(subprocess.TimeoutExpired):
-            ranks[0].process.wait(RANK_0_GRACE_S)
+            ranks[0].process.wait(
+                RANK_0_GRACE_S if any(rank.trains for rank in failed) else NODE_GRACE_S
+            )
         if ranks[0].process.returncode in (USER_ERROR, RUN_ERROR):
             return _exit_code(ranks[0])  # the terminal shows its message
         blamed = [rank for rank in ranks if rank.process.returncode]
@@ -191,7 +224,7 @@ def _report(rank: _Rank) -> None:
     if code < 0:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         reason = f"was killed by {signal.Signals(-code).name}{hint}"
-    message = f"rank {rank.rank} {reason}"
+    message = f"{rank.name} {reason}"
     if rank.log_path is not None:
         message += f"\nthe end of {rank.log_path}:\n{_tail(rank.log_path, rank.log_start)}"
     sys.stderr.write(f"{message}\n")

@@ -26,7 +26,8 @@ from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
 from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.rollout.start import start_engine
+from megatron_cpgd.rollout.remote_engine import RemoteEngineGroup
+from megatron_cpgd.rollout.start import connect_engine_nodes, start_engine
 from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.stability.detector import CollapseDetector
 from megatron_cpgd.stop_request import StopRequest
@@ -35,6 +36,7 @@ from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
 from megatron_cpgd.weight_sync.arena import Arena, open_arena, remove_arena
+from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table
@@ -51,8 +53,8 @@ class Run:
     folder: RunFolder
     policy: Policy
     table: WeightTable
-    arena: Arena | None
-    """None on ranks that do not share rank 0's host."""
+    arena: Arena | NodeWeights | None
+    """None on ranks that do not share rank 0's host; with engine nodes the way to their arenas."""
     done: int
     """Steps that are finished."""
     bad_steps: int
@@ -96,9 +98,7 @@ def start_run(
         memory = PeakMemory()
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
-        arena = open_arena(table, config.precision.engine_weights, beside_rank_0=info.beside_rank_0)
-        if arena:
-            stack.callback(remove_arena, arena)
+        arena = _open_arena(config, policy, table, sampler, stack)
         state = _resume(policy, folder)
         run = Run(
             config=config, folder=folder, policy=policy, table=table, arena=arena,
@@ -189,11 +189,40 @@ def _start_rank_0(
     folder.write_versions()
     note_machine(folder.machine, config.tracking.machine, _gpu_name())
     if engine is None:
-        engine = start_engine(config, folder.logs / "engine.log")
+        engine = (
+            connect_engine_nodes(config, folder, os.environ["MASTER_ADDR"])
+            if config.rollout.nodes
+            else start_engine(config, folder.logs / "engine.log")
+        )
         stack.callback(engine.close)
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler
+
+
+def _open_arena(
+    config: ExperimentConfig,
+    policy: Policy,
+    table: WeightTable,
+    sampler: Sampler | None,
+    stack: ExitStack,
+) -> Arena | NodeWeights | None:
+    """What the weights are written to: see `Run.arena`. Collective over the world."""
+    rollout = config.rollout
+    if rollout.nodes:
+        engine = sampler.engine if sampler else None
+        return NodeWeights(
+            policy,
+            engine.nodes if isinstance(engine, RemoteEngineGroup) else None,
+            count=rollout.nodes,
+            start_timeout_s=rollout.start_timeout_s,
+            step_timeout_s=rollout.step_timeout_s,
+        )
+    format = config.precision.engine_weights
+    arena = open_arena(table, format, beside_rank_0=policy.info.beside_rank_0)
+    if arena:
+        stack.callback(remove_arena, arena)
+    return arena
 
 
 def _gpu_name() -> str | None:

@@ -9,7 +9,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_cpgd.cli import config, convert, doctor, eval, plan, report, train, verify_layout
+from megatron_cpgd.cli import (
+    config,
+    convert,
+    doctor,
+    eval,
+    plan,
+    report,
+    serve,
+    train,
+    verify_layout,
+)
 from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 INTERRUPTED = 130
@@ -50,6 +60,6 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Stable RL post-training of large language models on Megatron-Core (CPGD).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (train, plan, config, verify_layout, doctor, convert, eval, report):
+    for command in (train, plan, config, verify_layout, doctor, convert, eval, report, serve):
         command.add_parser(commands)
     return parser

@@ -28,6 +28,9 @@ def add_parser(commands: Commands) -> None:
     what.add_argument(
         "--ranks", action="store_true", help="print only the number of trainer processes"
     )
+    what.add_argument(
+        "--engine-nodes", action="store_true", help="print only the number of engine nodes"
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, arguments.model_config)
     if arguments.ranks:
         sys.stdout.write(f"{config.parallel.world_size}\n")
+    elif arguments.engine_nodes:
+        sys.stdout.write(f"{config.rollout.nodes}\n")
     else:
         sys.stdout.write(format_config(config, only_changed=arguments.changed))
     return 0

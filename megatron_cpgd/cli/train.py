@@ -58,13 +58,17 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpgd.launch import launch_ranks
     from megatron_cpgd.weight_sync.shared_memory import remove_stale_arenas
 
-    command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(arguments.config)]
+    cli, settings = [sys.executable, "-m", "megatron_cpgd.cli"], map(str, arguments.overrides)
+    given = [str(arguments.config), *settings]
     existed = folder.dir.exists()
     code = launch_ranks(
-        [*command, *arguments.overrides],
+        [*cli, "train", *given],
         config.parallel.world_size,
         folder.logs,
         stop_within_s=stop_within_s,
+        engine_nodes=[
+            [*cli, "serve", f"--node={node}", *given] for node in range(config.rollout.nodes)
+        ],
     )
     if code == USER_ERROR and not existed and not _has_rows(folder.metrics):
         shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs

@@ -104,13 +104,7 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             "rollout.overlap=true does nothing: with rollout.staleness=0 every batch is sampled by "
             "the weights of the step before; set staleness to at least 1, or overlap=false"
         )
-    if rollout.devices is not None and (
-        len(rollout.devices) < rollout.engines or len(rollout.devices) % rollout.engines
-    ):
-        yield (
-            f"rollout.devices={rollout.devices}: expected a multiple of rollout.engines="
-            f"{rollout.engines}, got {len(rollout.devices)}; every engine takes as many"
-        )
+    yield from _engine_problems(rollout)
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
@@ -148,6 +142,26 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"tracking.routing_every={every} does nothing: the first measurement is that of step "
             f"{every}, and run.steps={steps}; set routing_every <= {steps}"
+        )
+
+
+def _engine_problems(rollout: RolloutConfig) -> Iterator[str]:
+    devices, nodes = rollout.devices, rollout.nodes
+    if nodes and rollout.engines % nodes:
+        yield (
+            f"rollout.engines={rollout.engines}: expected a multiple of rollout.nodes={nodes}, as "
+            "every node has as many engines; change one of them"
+        )
+    elif devices is not None and (not devices or len(devices) % rollout.engines_per_node):
+        share = f"rollout.engines={rollout.engines}" + (f" / rollout.nodes={nodes}" * (nodes > 0))
+        yield (
+            f"rollout.devices={devices}: expected a multiple of {share}, got {len(devices)}; every "
+            "engine takes as many"
+        )
+    if nodes and rollout.sleep:
+        yield (
+            f"rollout.sleep=true does nothing: with rollout.nodes={nodes} engines have GPUs of "
+            "their own; set sleep=false"
         )
 
 

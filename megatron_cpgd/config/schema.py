@@ -164,7 +164,8 @@ class RolloutConfig(Config):
     """Engine processes; each answers a share of the prompts."""
     devices: list[Annotated[int, Field(ge=0)]] | None = None
     """CUDA devices of the engines, as rank 0 numbers them, in equal shares one after the other;
-    null: every engine sees all of them. The trainer's ranks take the devices 0, 1, ..."""
+    null: every engine sees all of them. The trainer's ranks take the devices 0, 1, ... With
+    `nodes`: as each engine node numbers its own; null: its engines share all of them."""
     nodes: int = Field(0, ge=0)
     """Nodes with engines only, beside those of the trainer; they take equal shares of `engines`.
     0: the engines are on the first node of the trainer."""
@@ -180,6 +181,11 @@ class RolloutConfig(Config):
     """Longest wait for one generation or one weight refresh."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further fields of vLLM's EngineArgs, checked against its field names."""
+
+    @property
+    def engines_per_node(self) -> int:
+        """On each node that has any."""
+        return self.engines // max(1, self.nodes)
 
 
 class MathReward(Config):

@@ -4,17 +4,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.weights.tiling import Index, span
-
-BUCKET_BYTES = 64 * 2**20
-"""Of the buffer that sender and receiver need; a larger tensor is cut by rows."""
-
-Piece = tuple[str, Index, Tensor]
-"""Name of a full HF tensor, place in it, values."""
+from megatron_cpgd.weights.buckets import Piece, iter_buckets
 
 
 def receiver_of(info: ParallelInfo) -> int:
@@ -31,16 +24,7 @@ def senders_to(info: ParallelInfo) -> list[int]:
 
 def send_pieces(pieces: Iterable[Piece], receiver: int) -> None:
     """Send all pieces; returns when the last one is on its way."""
-    bucket: list[Piece] = []
-    size = 0
-    for piece in _cut_by_rows(pieces):
-        values = piece[2]
-        if bucket and (size + values.nbytes > BUCKET_BYTES or values.dtype != bucket[0][2].dtype):
-            _send(bucket, receiver)
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += values.nbytes
-    if bucket:
+    for bucket in iter_buckets(pieces):
         _send(bucket, receiver)
     dist.send_object_list([None], receiver, device=device.current())
 
@@ -69,15 +53,3 @@ def _send(bucket: list[Piece], receiver: int) -> None:
     header = [(bucket[0][2].dtype, places)]
     dist.send_object_list(header, receiver, device=device.current())
     dist.send(torch.cat([values.reshape(-1) for _, _, values in bucket]), receiver)
-
-
-def _cut_by_rows(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same numbers in pieces of at most BUCKET_BYTES, or of one row."""
-    for name, index, values in pieces:
-        # The matrix of one expert in a packed tensor has its number before the rows.
-        before = [each for each in index if isinstance(each, int)]
-        whole, *columns = index[len(before) :]
-        rows, step = span(whole), max(1, BUCKET_BYTES * len(values) // max(1, values.nbytes))
-        for first, part in zip(range(0, len(values), step), values.split(step), strict=True):
-            own = rows[first : first + len(part)]
-            yield name, (*before, slice(own.start, own.stop, own.step), *columns), part

@@ -42,9 +42,10 @@ from megatron_cpgd.policy.schedule import (
     plan_rank_micro_batches,
     run_schedule,
 )
-from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.shards import engine_node_pieces, load_hf_weights, write_hf_weights
 from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
+from megatron_cpgd.weights.buckets import Piece
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable
 
@@ -309,6 +310,10 @@ class Policy:
             view: None on ranks that do not share rank 0's host.
         """
         write_hf_weights(self._chunks, self._table, self.info, view)
+
+    def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
+        """What this rank sends to which of the engine nodes; see `shards.engine_node_pieces`."""
+        return engine_node_pieces(self._chunks, self._table, self.info, nodes)
 
     def save(
         self, path: Path, trainer_state: dict[str, Any], files: Mapping[str, bytes] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_cpgd.policy import device
 from megatron_cpgd.policy.delivery import receive_pieces, receiver_of, send_pieces, senders_to
 from megatron_cpgd.policy.parallel import ParallelInfo
+from megatron_cpgd.weights.buckets import Piece
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import (
     Entry,
@@ -86,11 +87,7 @@ def write_hf_weights(
     own = _own_weights(chunks, table, info)
     if view is None:
         send_pieces(
-            (
-                (box.hf, box.hf_index, box.oriented(tensor[box.local_index]))
-                for entry, tensor in own
-                for box in export_boxes(entry, tensor, **_cut(entry, info))
-            ),
+            (piece for entry, tensor in own for piece in _pieces(entry, tensor, info)),
             receiver_of(info),
         )
     else:
@@ -104,6 +101,40 @@ def write_hf_weights(
                 written[index[hf_name]] += values.numel()
     dist.all_reduce(written)
     table.check_written(dict(zip(index, written.tolist(), strict=True)))
+
+
+@torch.no_grad()
+def engine_node_pieces(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo, nodes: int
+) -> list[tuple[range, list[Piece]]]:
+    """What this rank sends to the engine nodes: to which of them, and views of its weights.
+
+    Of k replicas of the dense layers, number i serves the nodes i, i + k ...; of the experts, which
+    have replicas of their own, likewise. So every node gets the whole model, and no rank sends
+    another one's part.
+    """
+    groups = (
+        (False, parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        (True, parallel_state.get_expert_data_parallel_group()),
+    )
+    sent = []
+    for experts, group in groups:
+        replicas = dist.get_process_group_ranks(group)
+        pieces = [
+            piece
+            for name, tensor in iter_weights(chunks, info)
+            if (entry := table.entry(name)).expert == experts
+            for piece in _pieces(entry, tensor, info)
+        ]
+        served = range(replicas.index(info.rank), nodes, len(replicas))
+        if served and pieces:
+            sent.append((served, pieces))
+    return sent
+
+
+def _pieces(entry: Entry, tensor: Tensor, info: ParallelInfo) -> Iterator[Piece]:
+    for box in export_boxes(entry, tensor, **_cut(entry, info)):
+        yield box.hf, box.hf_index, box.oriented(tensor[box.local_index])
 
 
 def _own_weights(

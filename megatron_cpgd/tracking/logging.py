@@ -8,17 +8,19 @@ from pathlib import Path
 _DATE = "%H:%M:%S"
 
 
-def setup_logging(rank: int, log_path: Path | None = None) -> None:
+def setup_logging(rank: int | str, log_path: Path | None = None) -> None:
     """Install the handlers of this process on the root logger, in place of earlier ones.
 
     The terminal shows INFO and above of rank 0, WARNING and above of the others; of libraries only
     errors. The file gets INFO and above of this rank, warnings of libraries included.
 
     Args:
+        rank: its number, or what another process is.
         log_path: appended to; its folder is created. None logs to the terminal only.
     """
+    name = f"rank {rank}" if isinstance(rank, int) else rank
     formatter = logging.Formatter(
-        f"%(asctime)s [rank {rank}] %(levelname).1s %(name)s: %(message)s", _DATE
+        f"%(asctime)s [{name}] %(levelname).1s %(name)s: %(message)s", _DATE
     )
     handlers: list[logging.Handler] = []
     if log_path is not None:

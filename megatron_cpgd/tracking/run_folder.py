@@ -82,6 +82,15 @@ class RunFolder:
         """Log file of a rank."""
         return self.logs / f"rank_{rank}.log"
 
+    def engine_node_log(self, node: int) -> Path:
+        """Log file of an engine node."""
+        return self.logs / f"engine_node_{node}.log"
+
+    @property
+    def engine_nodes_key(self) -> Path:
+        """Where rank 0 tells the engine nodes its address and keys, while it runs."""
+        return self.dir / "engine_nodes.key"
+
     def latest(self) -> str | None:
         """Name of the checkpoint to resume from."""
         file = self.checkpoints / "latest"

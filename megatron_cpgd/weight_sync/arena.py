@@ -29,7 +29,7 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True, slots=True)
 class Arena:
-    """Files of full HF tensors, mapped by every rank of rank 0's host."""
+    """Files of full HF tensors, mapped by every rank of rank 0's host, or by an engine node."""
 
     file: TensorFile
     """What the engine reads."""
@@ -37,7 +37,7 @@ class Arena:
     """With FP8: the weights that become blocks, in bfloat16. Shards end inside a block, so a block
     is quantised when all ranks have written; then it cannot depend on the layout."""
     group: dist.ProcessGroup | None = None
-    """With FP8: the ranks that map the files."""
+    """With FP8: the ranks that map the files; None: this process alone."""
 
     def view(self, name: str) -> Tensor:
         """Where the policy writes the tensor of this HF name."""
@@ -50,13 +50,16 @@ class Arena:
 
         Collective over these.
         """
-        if self.staging is None or self.group is None:
+        if self.staging is None:
             return
         slots = self.staging.slots
         by_size = sorted(slots, key=lambda name: tensor_bytes(slots[name].dtype, slots[name].shape))
-        for name in by_size[dist.get_rank(self.group) :: dist.get_world_size(self.group)]:
+        if self.group is not None:
+            by_size = by_size[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        for name in by_size:
             _quantize_into(self.file, name, self.staging.view(name))
-        dist.barrier(self.group)
+        if self.group is not None:
+            dist.barrier(self.group)
 
 
 def open_arena(
@@ -72,20 +75,28 @@ def open_arena(
     Args:
         format: of the engine's weights.
     """
-    tensors = table.hf_tensors(torch.float32 if format == "fp32" else torch.bfloat16)
+    read, staged = _tensors(table, format)
     if dist.get_rank() == 0:
         remove_stale_arenas()
-    if format != "fp8_block":
-        file = _open_everywhere("", tensors, beside_rank_0)
+    file = _open_everywhere("", read, beside_rank_0)
+    if staged is None:
         return Arena(file) if file else None
-    staged = {name: tensor for name, tensor in tensors.items() if is_quantized(name)}
-    file = _open_everywhere("", quantized_tensors(tensors), beside_rank_0)
     staging = _open_everywhere("_bf16", staged, beside_rank_0)
     beside: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(beside, beside_rank_0)
     ranks = [rank for rank, mapped in enumerate(beside) if mapped]
     group = dist.new_group(ranks, backend="gloo")
     return Arena(file, staging, group) if file else None
+
+
+def create_arena(table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"]) -> Arena:
+    """The arena of an engine node, which one process fills. See `open_arena`."""
+    read, staged = _tensors(table, format)
+    remove_stale_arenas()
+    file = TensorFile.create(arena_path(os.getpid()), read, _METADATA)
+    if staged is None:
+        return Arena(file)
+    return Arena(file, TensorFile.create(arena_path(os.getpid(), "_bf16"), staged, _METADATA))
 
 
 def remove_arena(arena: Arena) -> None:
@@ -122,6 +133,17 @@ def quantized_checkpoint(model_dir: Path) -> Iterator[TensorFile]:
 def _quantize_into(file: TensorFile, name: str, weight: Tensor) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quantize(weight, file.view(name), file.view(f"{name}{SCALE_SUFFIX}"), device=device)
+
+
+def _tensors(
+    table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"]
+) -> tuple[Tensors, Tensors | None]:
+    """What the engine reads, and with FP8 what becomes blocks."""
+    tensors = table.hf_tensors(torch.float32 if format == "fp32" else torch.bfloat16)
+    if format != "fp8_block":
+        return tensors, None
+    staged = {name: tensor for name, tensor in tensors.items() if is_quantized(name)}
+    return quantized_tensors(tensors), staged
 
 
 def _open_everywhere(kind: str, tensors: Tensors, beside_rank_0: bool) -> TensorFile | None:

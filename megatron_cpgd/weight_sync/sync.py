@@ -1,5 +1,6 @@
 """One refresh of the engine: every rank writes its share, the engine loads, both sums agree."""
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.weight_sync.arena import Arena
+from megatron_cpgd.weight_sync.node_weights import NodeWeights
 
 
 class WeightWriter(Protocol):
@@ -23,7 +25,11 @@ class TensorView(Protocol):
 
 
 def sync_weights(
-    policy: WeightWriter, engine: RolloutEngine | None, arena: Arena | None, *, version: int
+    policy: WeightWriter,
+    engine: RolloutEngine | None,
+    arena: Arena | NodeWeights | None,
+    *,
+    version: int,
 ) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
@@ -31,7 +37,8 @@ def sync_weights(
     after the engine has read it.
 
     Args:
-        arena: None on ranks that do not share rank 0's host.
+        arena: None on ranks that do not share rank 0's host. With engine nodes, the connections to
+            the arenas there.
 
     Returns:
         Metrics, on rank 0.
@@ -39,18 +46,32 @@ def sync_weights(
     Raises:
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
     """
+    if isinstance(arena, NodeWeights):
+        reports = arena.send(version)
+        if engine is None:
+            return {}
+        metrics = _refresh(engine, Path(reports[0].arena), reports[0].digest, version)
+        return metrics | {
+            "weights/network_bytes": sum(report.network_bytes for report in reports),
+            "weights/network_s": max(report.network_s for report in reports),
+        }
     policy.write_weights(arena.view if arena else None)
     if arena:
         arena.complete()
     if engine is None:
         return {}
     assert arena is not None
-    expected = arena.file.digest()
-    report = engine.refresh(arena.file.path, version)
+    return _refresh(engine, arena.file.path, arena.file.digest(), version)
+
+
+def _refresh(
+    engine: RolloutEngine, arena: Path, expected: str, version: int
+) -> dict[str, float | str]:
+    report = engine.refresh(arena, version)
     if report.digest != expected:
         raise WeightSyncError(
             f"weight sync, version {version}: the policy wrote {expected}, the engine read "
-            f"{report.digest}; the shared memory at {arena.file.path} was changed in between"
+            f"{report.digest}; the shared memory at {arena} was changed in between"
         )
     return {
         "weights/version": version,

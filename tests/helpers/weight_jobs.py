@@ -16,6 +16,7 @@ from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+from megatron_cpgd.weights import buckets
 from megatron_cpgd.weights.table import WeightTable, rename
 from tests.helpers.policy_jobs import build_policy
 
@@ -42,7 +43,7 @@ def delivered_job(
     tensors = {name: torch.full(s, torch.nan) for name, s in policy._table.hf_shapes.items()}
     view = tensors.__getitem__ if policy.info.beside_rank_0 else None
     with (
-        patch.object(delivery, "BUCKET_BYTES", bucket_bytes),
+        patch.object(buckets, "BUCKET_BYTES", bucket_bytes),
         patch.object(delivery, "_send", side_effect=delivery._send) as send,
     ):
         policy.write_weights(view)

@@ -8,7 +8,7 @@ import megatron_cpgd
 PACKAGE = Path(megatron_cpgd.__file__).parent
 ROWS = (
     {"cli", "study"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "serve"},
     {"guard", "preemption"},
     {"run"},
     {"batch_queue"},

@@ -1,0 +1,150 @@
+"""The trainer's side of a weight sync with engine nodes: every rank sends what is its own."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
+from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.rollout.engine_nodes import EngineNodes
+from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
+from megatron_cpgd.weight_sync.links import Link, send_buckets
+from megatron_cpgd.weights.buckets import Piece, iter_buckets
+
+_LOOK_S = 0.5
+_REASON_S = 5.0
+"""After a connection broke: for rank 0 to notice that the node is lost, and to say so."""
+
+
+class PieceSource(Protocol):
+    """The part of a policy that this needs."""
+
+    def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
+        """See Policy.engine_node_pieces."""
+
+
+class NodeWeights:
+    """This rank's connections to the engine nodes that it serves."""
+
+    def __init__(
+        self,
+        policy: PieceSource,
+        nodes: EngineNodes | None,
+        *,
+        count: int,
+        start_timeout_s: float,
+        step_timeout_s: float,
+    ) -> None:
+        """Collective over the world.
+
+        Args:
+            nodes: rank 0's.
+            count: number of nodes.
+        """
+        self._policy, self._nodes, self._count = policy, nodes, count
+        self._step_timeout_s = step_timeout_s
+        rank, timeout = dist.get_rank(), timedelta(seconds=start_timeout_s + step_timeout_s)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        mine = sorted({node for served, _ in policy.engine_node_pieces(count) for node in served})
+        served: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(served, mine)
+        place: list[Any] = [None]
+        if nodes:
+            host = os.environ["MASTER_ADDR"]
+            self._store = TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
+            place = [(host, self._store.port)]
+            for node in range(count):
+                ranks = [each for each, theirs in enumerate(served) if node in theirs]
+                message = OpenLinks(
+                    host=host,
+                    port=self._store.port,
+                    backend=backend,
+                    ranks=ranks,
+                    timeout_s=timeout.total_seconds(),
+                )
+                nodes.send(node, message)
+        dist.broadcast_object_list(place)
+        if not nodes:
+            self._store = TCPStore(*place[0], None, False, timeout)
+        self._links: dict[int, Link] = {}
+
+        def open_links() -> None:
+            # In the order of the nodes, which take the ranks in theirs: nobody waits in a circle.
+            for node in mine:
+                self._links[node] = Link(
+                    self._store,
+                    rank=rank,
+                    node=node,
+                    is_node=False,
+                    backend=backend,
+                    timeout=timeout,
+                )
+
+        self._watched(open_links)
+
+    def send(self, version: int) -> list[Received]:
+        """Bring the policy's weights to all nodes. Collective over the world.
+
+        Returns:
+            On rank 0 a report of each node, all with the same digest; on others nothing.
+
+        Raises:
+            WeightSyncError: on rank 0, a node has not received every element once, or nodes differ.
+            RolloutError: on rank 0, a node was lost.
+        """
+        for node in range(self._count if self._nodes else 0):
+            self._nodes.send(node, Receive(version=version))
+
+        def send_all() -> None:
+            for served, pieces in self._policy.engine_node_pieces(self._count):
+                buckets = list(iter_buckets(pieces))
+                send_buckets([self._links[node] for node in served], buckets)
+
+        self._watched(send_all)
+        if not self._nodes:
+            return []
+        reports = [self._nodes.received(i, self._step_timeout_s) for i in range(self._count)]
+        for i, report in enumerate(reports):
+            if report.digest != reports[0].digest or report.version != version:
+                raise WeightSyncError(
+                    f"weight sync, version {version}: engine node 0 has received "
+                    f"{reports[0].digest}, engine node {i} {report.digest} of version "
+                    f"{report.version}"
+                )
+        return reports
+
+    def _watched(self, work: Callable[[], None]) -> None:
+        """Do `work`; on rank 0 in a thread, so that a lost node ends the wait for it."""
+        if not self._nodes:
+            try:
+                work()
+            except Exception:
+                time.sleep(_REASON_S)  # rank 0 may know why
+                raise
+            return
+        errors: list[Exception] = []
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def run() -> None:
+            if device is not None:
+                torch.cuda.set_device(device)
+            try:
+                work()
+            except Exception as error:
+                errors.append(error)
+
+        # A daemon: if a node is lost, this thread may hang forever.
+        thread = threading.Thread(target=run, name="node-weights", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+            self._nodes.check()
+        if errors:
+            self._nodes.check(_REASON_S)
+            raise errors[0]
