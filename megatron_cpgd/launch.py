@@ -27,7 +27,7 @@ FORWARD_GRACE_S = 60.0
 """Time for the ranks to end after a signal that was sent to the launcher."""
 RANK_0_GRACE_S = 3.0
 """Time for rank 0 to end by itself after another rank has failed: it may give the reason."""
-NODE_GRACE_S = 10.0
+NODE_GRACE_S = 30.0
 """The same after an engine node has failed."""
 _POLL_S = 0.05
 _TAIL_LINES = 30

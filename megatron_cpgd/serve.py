@@ -30,6 +30,7 @@ from megatron_cpgd.rollout.node_messages import (
     Ask,
     Hello,
     Leave,
+    Left,
     OpenLinks,
     Pulse,
     Receive,
@@ -100,6 +101,8 @@ class _Server:
                     case OpenLinks() | Receive():
                         self._orders.put(message)
                     case Leave():
+                        self._channel.send(Left())
+                        self._channel.exchange(0)
                         return
             if time.monotonic() >= next_pulse:
                 next_pulse = time.monotonic() + PULSE_S

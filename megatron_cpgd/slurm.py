@@ -21,13 +21,15 @@ _SIOCGIFADDR = 0x8915
 def adopt_step(environment: MutableMapping[str, str]) -> None:
     """Under `srun` with several tasks: set RANK, WORLD_SIZE ... as torchrun would. Else nothing.
 
-    A step of one task is no distributed run: it may be a shell, in which our launcher starts the
-    ranks. What the user has set (RANK, MASTER_ADDR, MASTER_PORT, *_SOCKET_IFNAME) stays.
+    A step of one task is no distributed run, unless MASTER_ADDR is set: it may be a shell, in which
+    our launcher starts the ranks. What the user has set (RANK, MASTER_ADDR, MASTER_PORT,
+    *_SOCKET_IFNAME) stays.
 
     Raises:
         ConfigError: the ranks could not meet: the port is taken, or the host is unknown.
     """
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+    if "RANK" in environment or not tasks or (tasks == 1 and "MASTER_ADDR" not in environment):
         return
     place = rank_place(environment)
     for name, value in place.items():
@@ -36,7 +38,7 @@ def adopt_step(environment: MutableMapping[str, str]) -> None:
     interface = find_interface(address, port)
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-        if place["LOCAL_WORLD_SIZE"] != place["WORLD_SIZE"]:
+        if place["LOCAL_WORLD_SIZE"] != place["WORLD_SIZE"] or interface != LOOPBACK:
             environment.setdefault("NCCL_SOCKET_IFNAME", interface)
     if environment["RANK"] == "0" and not is_free(port):
         raise ConfigError(

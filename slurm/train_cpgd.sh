@@ -13,6 +13,8 @@
 #   sbatch [--nodes=N --gpus-per-node=G ...] slurm/train_cpgd.sh CONFIG.yaml [key=value ...]
 #   slurm/train_cpgd.sh --dry-run [--nodes=N] CONFIG.yaml [key=value ...]
 #
+# Of the N nodes the last `rollout.nodes` have engines only, the others share the ranks.
+#
 # One task of srun is one rank: no torchrun, no Ray. See docs/slurm.md. Exit code: that of srun, 1 if
 # a node fails the preflight, 200 if the run was stopped and could not be put back into the queue.
 # Why these options: whole nodes with all their memory, since the first one's holds the engine and
@@ -49,21 +51,33 @@ source "$root/slurm/common.sh"
 
 [[ $dry_run == 1 || -n ${SLURM_JOB_ID:-} ]] || fail "submit it with sbatch, or give --dry-run"
 ranks=$(once "${cli[@]}" config --ranks "$@")
-[[ $((ranks % nodes)) == 0 ]] || fail "parallel.* need $ranks ranks, which $nodes nodes cannot share" \
-  "evenly: use a number of nodes that divides $ranks"
-ranks_per_node=$((ranks / nodes))
+engine_nodes=$(once "${cli[@]}" config --engine-nodes "$@")
+trainer_nodes=$((nodes - engine_nodes))
+[[ $trainer_nodes -gt 0 ]] || fail "rollout.nodes=$engine_nodes of $nodes node(s) leave none for the" \
+  "ranks: use more nodes"
+[[ $((ranks % trainer_nodes)) == 0 ]] || fail "parallel.* need $ranks ranks, which $trainer_nodes" \
+  "nodes cannot share evenly: use a number of nodes that divides $ranks, and rollout.nodes besides"
+ranks_per_node=$((ranks / trainer_nodes))
 
-step=(srun "--nodes=$nodes" --label --cpu-bind=none "${container_options[@]}")
-preflight=("${step[@]}" "--ntasks=$nodes" --ntasks-per-node=1 "${cli[@]}" doctor "$@")
+step=(--label --cpu-bind=none "${container_options[@]}")
+preflight=(srun "--nodes=$nodes" "${step[@]}" "--ntasks=$nodes" --ntasks-per-node=1
+  "${cli[@]}" doctor "$@")
 # No --cpus-per-task: without binding, every process may use all CPUs of its node, as the engine
 # has to. Without --overcommit srun would refuse more ranks than CPUs, so a wrong size is noticed.
-train=("${step[@]}" "--ntasks=$ranks" "--ntasks-per-node=$ranks_per_node" --kill-on-bad-exit=1
-  "${cli[@]}" train "$@")
+train=(srun "--nodes=$trainer_nodes" "${step[@]}" "--ntasks=$ranks"
+  "--ntasks-per-node=$ranks_per_node" --kill-on-bad-exit=1 "${cli[@]}" train "$@")
+serve=()
+if [[ $engine_nodes -gt 0 ]]; then
+  train=("${train[0]}" --relative=0 "${train[@]:1}")
+  serve=(srun "--relative=$trainer_nodes" "--nodes=$engine_nodes" "${step[@]}"
+    "--ntasks=$engine_nodes" --ntasks-per-node=1 "${cli[@]}" serve "$@")
+fi
 
 if [[ $dry_run == 1 ]]; then
   echo "configuration, where it differs from the defaults:"
   "${cli[@]}" config --changed "$@" | sed 's/^/  /'
-  echo "ranks: $ranks on $nodes node(s), $ranks_per_node on each"
+  echo "ranks: $ranks on $trainer_nodes node(s), $ranks_per_node on each"
+  [[ ${#serve[@]} == 0 ]] || echo "engines: on $engine_nodes further node(s)"
   echo "environment (slurm/env.sh):"
   comm -13 <(sort <<<"$before") <(export -p | sort) | sed 's/^declare -x /  /'
   echo "submit:"
@@ -73,6 +87,10 @@ if [[ $dry_run == 1 ]]; then
   show "${preflight[@]}"
   echo "train:"
   show "${train[@]}"
+  if [[ ${#serve[@]} -gt 0 ]]; then
+    echo "engine nodes, at the same time:"
+    show "${serve[@]}"
+  fi
   echo "checks:"
   if command -v sbatch >/dev/null; then
     sbatch --test-only "${submit[@]}" 2>&1 | sed 's/^/  /'
@@ -91,6 +109,7 @@ run() {
   local child code=0
   "$@" &
   child=$!
+  [[ -z ${beside:-} ]] || "$beside" "$child" &
   # shellcheck disable=SC2064 # the child of now
   trap "kill -USR1 $child 2>/dev/null || true" USR1
   while :; do
@@ -99,9 +118,25 @@ run() {
   done
 }
 
+# The engine nodes, beside the ranks, which are the process $1. They end when rank 0 does. If they fail
+# first, rank 0 notices, unless they never reached it.
+serve_beside() {
+  trap - USR1
+  "${serve[@]}" && return
+  sleep 60
+  echo "${0##*/}: the engine nodes have failed" >&2
+  kill -KILL "$1" 2>/dev/null
+}
+
 code=0
 run "${preflight[@]}" || code=$?
 if [[ $code == 0 ]]; then
+  if [[ $engine_nodes -gt 0 ]]; then
+    beside=serve_beside
+    # The ranks of a single node would meet on its loopback, where other nodes find nobody.
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    export MASTER_ADDR
+  fi
   run "${train[@]}" || code=$?
 elif [[ $code != 138 ]]; then
   echo "${0##*/}: a node fails the preflight above; nothing was started" >&2

@@ -15,8 +15,8 @@ def add_parser(commands: Commands) -> None:
         "serve",
         help="be a node with engines only, beside a run; slurm/train_cpgd.sh starts it",
         description=(
-            "Starts the engines of one of the `rollout.nodes` nodes and does what rank 0 of the run "
-            "asks for. Ends when the run does."
+            "Starts the engines of one of the `rollout.nodes` nodes and does what rank 0 of the "
+            "run asks for. Ends when the run does."
         ),
     )
     add_config_arguments(parser, required=True)

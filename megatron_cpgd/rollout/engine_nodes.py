@@ -27,6 +27,7 @@ from megatron_cpgd.rollout.node_messages import (
     FromNode,
     Hello,
     Leave,
+    Left,
     Pulse,
     Received,
     ToNode,
@@ -36,6 +37,8 @@ from megatron_cpgd.rollout.node_messages import (
 logger = logging.getLogger(__name__)
 
 LOG_TAIL_BYTES = 3000
+_LEAVE_S = 3.0
+"""For the nodes to hear that they may leave."""
 
 
 @dataclass(slots=True)
@@ -80,7 +83,7 @@ class EngineNodes:
         self._changed = threading.Condition()
         self._failure: Exception | None = None
         self._closed = False
-        self._outbox: Outbox[tuple[_Node, ToNode] | None] = Outbox()
+        self._outbox: Outbox[tuple[_Node, ToNode]] = Outbox()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         access = self._listen(host)
@@ -129,9 +132,12 @@ class EngineNodes:
             RolloutError: no answer in time, or a node was lost.
             ConfigError, WeightSyncError: what a node says.
         """
-        return self._wait(
-            lambda state: state.answers.pop(engine, None), self._nodes[node], limit_s, what
-        )
+
+        def take(state: _Node) -> list[Response] | None:
+            return [state.answers.pop(engine)] if engine in state.answers else None
+
+        [response] = self._wait(take, self._nodes[node], limit_s, what)
+        return response
 
     def received(self, node: int, limit_s: float) -> Received:
         """The node's report on the weights it was sent. Raises as `answer` does."""
@@ -157,7 +163,6 @@ class EngineNodes:
             self._changed.notify_all()
         for node in self._nodes:
             self._outbox.put((node, Leave()))
-        self._outbox.put(None)
         self._thread.join()
         self._authenticator.stop()
         self._context.destroy(linger=2000)
@@ -194,24 +199,28 @@ class EngineNodes:
             raise
 
     def _exchange(self) -> None:
-        """Send, receive and watch until `close`; the only user of the socket."""
+        """Send, receive and watch until `close` and the nodes have left; the only user of the
+        socket."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._outbox.event, zmq.POLLIN)
-        next_pulse = time.monotonic()
+        next_pulse, leaving = time.monotonic(), 0
         while True:
-            poller.poll(PULSE_S * 1000)
+            poller.poll(int(PULSE_S * 1000))
             while self._router.poll(0):
-                address, message = self._router.recv_multipart()
+                address, content = self._router.recv_multipart()
                 with self._changed:
-                    self._take(address, msgspec.msgpack.decode(message, type=FromNode))
+                    self._take(address, msgspec.msgpack.decode(content, type=FromNode))
                     self._changed.notify_all()
-            for item in self._outbox.take_all():
-                if item is None:
-                    return
-                self._send(*item)
+            for node, message in self._outbox.take_all():
+                self._send(node, message)
+            if self._closed and not any(node.address for node in self._nodes):
+                return
             if time.monotonic() >= next_pulse:
                 next_pulse = time.monotonic() + PULSE_S
+                leaving += self._closed
+                if leaving * PULSE_S > _LEAVE_S:
+                    return
                 for node in self._nodes:
                     self._watch(node)
 
@@ -228,6 +237,8 @@ class EngineNodes:
                 node.answers[message.engine] = message.response
             case Received():
                 node.received = message
+            case Left():
+                node.address = None
             case Failed():
                 self._failure = self._failure or as_error(message)
 
@@ -263,6 +274,7 @@ class EngineNodes:
             self._lose(node, f"silent for {SILENCE_S:g} s")
 
     def _lose(self, node: _Node, reason: str) -> None:
+        node.address = None
         if self._closed or self._failure:
             return
         with self._changed:

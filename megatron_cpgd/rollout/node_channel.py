@@ -93,7 +93,7 @@ class NodeChannel:
         Raises:
             RolloutError: the connection broke: rank 0 has ended, or is unreachable.
         """
-        self._poller.poll(wait_s * 1000)
+        self._poller.poll(int(wait_s * 1000))
         try:
             for message in self._outbox.take_all():
                 self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)

@@ -62,9 +62,13 @@ class Received(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Leave(msgspec.Struct, tag=True):
-    """End the engines and the process; there is no answer."""
+    """End the engines and the process; asks for `Left`."""
+
+
+class Left(msgspec.Struct, tag=True):
+    """The node needs rank 0 no longer. Without this, rank 0 could hang up before it was heard."""
 
 
 ToNode = Welcome | Pulse | Ask | OpenLinks | Receive | Leave
-FromNode = Hello | Pulse | Answer | Received | Failed
+FromNode = Hello | Pulse | Answer | Received | Failed | Left
 """`Failed` is about the node as a whole."""

@@ -7,11 +7,17 @@ of two. torch's default group, whose size Megatron takes for its own, knows noth
 from collections.abc import Iterator
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import (
+    PrefixStore,  # type: ignore[attr-defined]
+    ProcessGroupGloo,
+    TCPStore,  # type: ignore[attr-defined]
+    Work,
+)
 
 from megatron_cpgd.weights.buckets import Piece
 from megatron_cpgd.weights.tensor_file import DTYPE_NAMES, DTYPES
@@ -65,9 +71,9 @@ class Link:
             from torch.distributed import ProcessGroupNCCL
 
             self.device = torch.device("cuda", torch.cuda.current_device())
-            self._group: ProcessGroupGloo | ProcessGroupNCCL = ProcessGroupNCCL(
-                own, place, 2, timeout
-            )
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group: Any = ProcessGroupNCCL(own, place, 2, options)
         else:
             self._group = ProcessGroupGloo(own, place, 2, timeout)
 
@@ -86,22 +92,25 @@ class Link:
         self._group.recv([values], self._peer, 0).wait()
         return values
 
-    def _send(self, values: Tensor) -> "torch.distributed.Work":
-        return self._group.send([values], self._peer, 0)
+    def _send(self, values: Tensor) -> Work:
+        work: Work = self._group.send([values], self._peer, 0)
+        return work
 
 
-def send_buckets(links: list[Link], buckets: list[list[Piece]]) -> None:
-    """Send the same pieces over all links, to one end each; returns when they have arrived there,
-    or are on their way.
+def send_buckets(streams: list[tuple[list[Link], list[list[Piece]]]]) -> None:
+    """Send the buckets of each stream over all its links; returns when they have arrived, or are
+    on their way.
 
     Memory: one bucket at a time, however many links there are.
     """
-    device = links[0].device
-    plan = msgspec.msgpack.encode([_describe(bucket) for bucket in buckets])
-    _send_everywhere(links, torch.tensor([len(plan)]).to(device))
-    _send_everywhere(links, torch.frombuffer(bytearray(plan), dtype=torch.uint8).to(device))
-    for bucket in buckets:
-        _send_everywhere(links, torch.cat([values.reshape(-1) for _, _, values in bucket]))
+    for link in dict.fromkeys(link for links, _ in streams for link in links):
+        own = [bucket for links, buckets in streams if link in links for bucket in buckets]
+        plan = msgspec.msgpack.encode([_describe(bucket) for bucket in own])
+        _send_everywhere([link], torch.tensor([len(plan)]))
+        _send_everywhere([link], torch.frombuffer(bytearray(plan), dtype=torch.uint8))
+    for links, buckets in streams:
+        for bucket in buckets:
+            _send_everywhere(links, torch.cat([values.reshape(-1) for _, _, values in bucket]))
 
 
 def _send_everywhere(links: list[Link], values: Tensor) -> None:
@@ -127,6 +136,5 @@ def _describe(bucket: list[Piece]) -> _Bucket:
 
 def _as_index(index: list[int | _Slice]) -> tuple[int | slice, ...]:
     return tuple(
-        each if isinstance(each, int) else slice(each.start, each.stop, each.step)
-        for each in index
+        each if isinstance(each, int) else slice(each.start, each.stop, each.step) for each in index
     )

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Literal
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.node_messages import OpenLinks, Received
@@ -43,11 +43,11 @@ class NodeArena:
         """
         if message.backend == "nccl" and not torch.cuda.is_available():
             raise ConfigError(
-                f"engine node {self._node}: the trainer sends from its GPUs by NCCL, and torch sees "
-                "no GPU here; start the node with GPUs, or the trainer without"
+                f"engine node {self._node}: the trainer sends from its GPUs by NCCL, and torch "
+                "sees no GPU here; start the node with GPUs, or the trainer without"
             )
         timeout = timedelta(seconds=message.timeout_s)
-        store = TCPStore(message.host, message.port, None, False, timeout)
+        store = TCPStore(message.host, message.port, timeout=timeout)
         self._links = [
             Link(
                 store,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
@@ -57,7 +57,7 @@ class NodeWeights:
         place: list[Any] = [None]
         if nodes:
             host = os.environ["MASTER_ADDR"]
-            self._store = TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
+            self._store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             place = [(host, self._store.port)]
             for node in range(count):
                 ranks = [each for each, theirs in enumerate(served) if node in theirs]
@@ -71,7 +71,8 @@ class NodeWeights:
                 nodes.send(node, message)
         dist.broadcast_object_list(place)
         if not nodes:
-            self._store = TCPStore(*place[0], None, False, timeout)
+            host, port = place[0]
+            self._store = TCPStore(host, port, timeout=timeout)
         self._links: dict[int, Link] = {}
 
         def open_links() -> None:
@@ -98,13 +99,17 @@ class NodeWeights:
             WeightSyncError: on rank 0, a node has not received every element once, or nodes differ.
             RolloutError: on rank 0, a node was lost.
         """
-        for node in range(self._count if self._nodes else 0):
-            self._nodes.send(node, Receive(version=version))
+        if self._nodes:
+            for node in range(self._count):
+                self._nodes.send(node, Receive(version=version))
 
         def send_all() -> None:
-            for served, pieces in self._policy.engine_node_pieces(self._count):
-                buckets = list(iter_buckets(pieces))
-                send_buckets([self._links[node] for node in served], buckets)
+            send_buckets(
+                [
+                    ([self._links[node] for node in served], list(iter_buckets(pieces)))
+                    for served, pieces in self._policy.engine_node_pieces(self._count)
+                ]
+            )
 
         self._watched(send_all)
         if not self._nodes:

@@ -1,4 +1,4 @@
-"""Parts of full Hugging Face tensors on their way to another process, in buckets of bounded size."""
+"""Parts of full Hugging Face tensors on their way to another process, in buckets."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,0 +1,126 @@
+"""Jobs for `run_distributed` about engine nodes, which are processes beside the ranks."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.errors import ConversionError, RunError
+from megatron_cpgd.policy import shards
+from megatron_cpgd.rollout.engine_nodes import EngineNodes
+from megatron_cpgd.rollout.lifetime import end_with_parent
+from megatron_cpgd.rollout.messages import Failed
+from megatron_cpgd.rollout.node_channel import connect
+from megatron_cpgd.rollout.node_messages import Hello, Leave, Left, OpenLinks, Receive, Received
+from megatron_cpgd.weight_sync import shared_memory
+from megatron_cpgd.weight_sync.arena import remove_arena
+from megatron_cpgd.weight_sync.node_arena import NodeArena
+from megatron_cpgd.weight_sync.node_weights import NodeWeights
+from megatron_cpgd.weights import buckets
+from megatron_cpgd.weights.hf_checkpoint import read_config
+from megatron_cpgd.weights.registry import weight_table
+from megatron_cpgd.weights.tensor_file import TensorFile
+from tests.helpers.policy_jobs import build_policy
+
+
+@dataclass
+class NodeSync:
+    """What one sync with engine nodes was on a rank; `tensors` of each node on rank 0."""
+
+    sent: dict[int, int] = field(default_factory=dict)
+    """Bytes by node."""
+    reports: list[Received] = field(default_factory=list)
+    tensors: list[dict[str, Tensor]] = field(default_factory=list)
+    error: str = ""
+
+
+def node_weights_job(
+    config: ExperimentConfig,
+    folder: Path,
+    nodes: int,
+    bucket_bytes: int,
+    *,
+    format: Literal["bf16", "fp32", "fp8_block"] = "fp32",
+    lost: str | None = None,
+) -> NodeSync:
+    """Sync twice; the weights are those of `config.model.path`.
+
+    Args:
+        folder: where the nodes have their memory and the keys lie.
+        lost: Megatron parameter that no rank sends.
+    """
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    key_file, servers, hub = folder / "key", [], None
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        for node in range(nodes):
+            rank_0 = os.getpid()
+            servers.append(os.fork())
+            if servers[-1] == 0:
+                try:
+                    end_with_parent(rank_0)
+                    _serve(config.model.path, folder, key_file, node, format)
+                finally:
+                    os._exit(0)
+        hub = EngineNodes(
+            nodes, host="127.0.0.1", key_file=key_file, log_path=lambda _: folder / "no.log"
+        )
+    policy = build_policy(config)
+    complete = shards.iter_weights
+    result = NodeSync()
+
+    def without_lost(*args: Any) -> list[tuple[str, Tensor]]:
+        return [(name, tensor) for name, tensor in complete(*args) if name != lost]
+
+    with (
+        patch.object(buckets, "BUCKET_BYTES", bucket_bytes),
+        patch.object(shards, "iter_weights", without_lost),
+    ):
+        weights = NodeWeights(policy, hub, count=nodes, start_timeout_s=30, step_timeout_s=30)
+        try:
+            for version in (1, 2):
+                result.reports = weights.send(version)
+                dist.barrier()
+        except RunError as error:
+            result.error = f"{type(error).__name__}: {error}"
+        sent: Counter[int] = Counter()
+        for served, pieces in policy.engine_node_pieces(nodes):
+            for node in served:
+                sent[node] += sum(values.nbytes for _, _, values in pieces)
+        result.sent = dict(sent)
+    for report in result.reports:
+        with TensorFile.open(Path(report.arena)) as file:
+            result.tensors.append({name: file.view(name).clone() for name in file.names})
+    if hub:
+        hub.close()
+        for server in servers:
+            os.waitpid(server, 0)
+    return result
+
+
+def _serve(model: Path, folder: Path, key_file: Path, node: int, format: Any) -> None:
+    """An engine node without engines."""
+    channel, _ = connect(key_file, Hello(node=node, host=f"host{node}"), 30)
+    with patch.object(shared_memory, "SHARED_MEMORY", folder):
+        arena = NodeArena(weight_table(read_config(model)), format, node)
+        while True:
+            for message in channel.exchange(1.0):
+                match message:
+                    case OpenLinks():
+                        arena.open_links(message)
+                    case Receive():
+                        try:
+                            channel.send(arena.receive(message.version))
+                        except ConversionError as error:
+                            channel.send(Failed(kind="weights", message=f"{error}"))
+                    case Leave():
+                        channel.send(Left())
+                        channel.close()
+                        remove_arena(arena.arena)
+                        return
