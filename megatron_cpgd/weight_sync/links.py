@@ -12,12 +12,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from torch.distributed import (
-    PrefixStore,  # type: ignore[attr-defined]
-    ProcessGroupGloo,
-    TCPStore,  # type: ignore[attr-defined]
-    Work,
-)
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work  # type: ignore
 
 from megatron_cpgd.weights.buckets import Piece
 from megatron_cpgd.weights.tensor_file import DTYPE_NAMES, DTYPES

@@ -84,11 +84,11 @@ def node_weights_job(
     ):
         weights = NodeWeights(policy, hub, count=nodes, start_timeout_s=30, step_timeout_s=30)
         try:
-            for version in (1, 2):
+            for version in (1,) if lost else (1, 2):
                 result.reports = weights.send(version)
-                dist.barrier()
         except RunError as error:
             result.error = f"{type(error).__name__}: {error}"
+        dist.barrier()
         sent: Counter[int] = Counter()
         for served, pieces in policy.engine_node_pieces(nodes):
             for node in served:

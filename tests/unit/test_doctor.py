@@ -183,3 +183,20 @@ def test_a_name_that_does_not_resolve_fails():
 
 def test_no_configuration_is_needed():
     assert {each.check for each in examine(None, [], dict(os.environ))} >= {"packages", "apex"}
+
+
+def test_engine_nodes_need_the_memory_for_the_weights_and_no_gpu_for_ranks(run_yaml):
+    """Three nodes, of which the last has engines only: 2 * 2 ranks on the others."""
+    overrides = ["parallel.tp=4", "rollout.nodes=1"]
+    config = load_config(run_yaml, overrides)
+    hosts = [
+        Host(
+            config=config,
+            environment={"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": str(node)},
+        )
+        for node in range(3)
+    ]
+    assert [host.ranks for host in hosts] == [2, 2, 0]
+    assert [host.has_engines for host in hosts] == [False, False, True]
+    memory = [[f.check for f in doctor.check_space(host)] for host in hosts]
+    assert ["shared_memory" in checks for checks in memory] == [False, False, True]

@@ -121,3 +121,14 @@ def test_the_interface_is_the_one_with_the_address_of_the_route():
     for address in (each for each in listed if "." in each):
         # A host reaches its own addresses from themselves.
         assert find_interface(address, 9) in names - {"lo"}
+
+
+def test_a_rank_that_is_alone_on_its_node_is_one_if_it_is_told_where_to_meet():
+    """Its engines are on other nodes: a launcher here would start them beside it."""
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"}
+    alone = step(**one, SLURM_PROCID="0", MASTER_ADDR="localhost")
+    adopt_step(alone)
+    assert place(alone) == "0 1 0 1 localhost 23456"
+    shell = step(**one)
+    adopt_step(shell)
+    assert "RANK" not in shell

@@ -115,3 +115,23 @@ def test_an_unknown_option_shows_the_usage(login_node, tmp_path):
     result = run("train_cpgd.sh", "--dryrun", "x.yaml", folder=tmp_path, **login_node)
     assert result.returncode == 2
     assert "slurm/train_cpgd.sh --dry-run" in result.stderr
+
+
+def test_the_last_nodes_are_for_engines(login_node, run_yaml, tmp_path):
+    settings = ["parallel.tp=4", "rollout.nodes=2", "rollout.engines=4"]
+    arguments = ["--dry-run", "--nodes=4", run_yaml, *settings]
+    result = run("train_cpgd.sh", *arguments, folder=tmp_path, **login_node)
+    assert result.returncode == 0, result.stderr
+    assert "ranks: 4 on 2 node(s), 2 on each\nengines: on 2 further node(s)\n" in result.stdout
+    common = "--label --cpu-bind=none"
+    for expected in (
+        f"srun --nodes=4 {common} --ntasks=4 --ntasks-per-node=1 ",
+        f"srun --relative=0 --nodes=2 {common} --ntasks=4 --ntasks-per-node=2 --kill-on-bad-exit=1",
+        f"srun --relative=2 --nodes=2 {common} --ntasks=2 --ntasks-per-node=1 {sys.executable} -m "
+        f"megatron_cpgd.cli serve '{run_yaml}' {' '.join(settings)}",
+    ):
+        assert expected in result.stdout
+    arguments[1] = "--nodes=2"
+    refused = run("train_cpgd.sh", *arguments, folder=tmp_path, **login_node)
+    assert refused.returncode == 2
+    assert "rollout.nodes=2 of 2 node(s) leave none for the ranks" in refused.stderr

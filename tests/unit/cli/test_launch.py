@@ -197,3 +197,45 @@ def test_ranks_die_with_a_launcher_that_was_killed(launcher):
     os.kill(process.pid, signal.SIGKILL)
     for pid in pids:
         wait_until_gone(pid)
+
+
+def test_an_engine_node_believes_in_another_host_and_gets_no_signal(tmp_path, rank_program):
+    """It ends when rank 0 does; here it looks for a mark."""
+    node = tmp_path / "node.py"
+    node.write_text(
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (folder / 'signalled').touch())\n"
+        "(folder / 'host').write_text(os.environ['SLURMD_NODENAME'])\n"
+        "while not (folder / 'done').exists(): time.sleep(0.01)\n"
+    )
+    argv = rank_program(
+        "def stop(*_): (folder / 'done').touch(); sys.exit(200)\n"
+        "signal.signal(signal.SIGUSR1, stop)\n"
+        "while not (folder / 'host').exists(): time.sleep(0.01)\n"
+        "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
+    )
+    nodes = [[sys.executable, str(node)]]
+    assert launch_ranks(argv, 1, tmp_path / "logs", engine_nodes=nodes) == STOPPED
+    assert (tmp_path / "host").read_text() == "engine_node_0"
+    assert not (tmp_path / "signalled").exists()
+    assert (tmp_path / "logs" / "engine_node_0.log").exists()
+
+
+def test_rank_0_gives_the_reason_when_an_engine_node_is_killed(tmp_path, rank_program, capfd):
+    nodes = [[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]]
+    argv = rank_program("time.sleep(1); print('the reason', file=sys.stderr); sys.exit(3)")
+    assert launch_ranks(argv, 1, tmp_path / "logs", engine_nodes=nodes) == 3
+    assert capfd.readouterr().err == "the reason\n"
+
+
+def test_an_engine_node_that_rank_0_never_met_is_named(
+    tmp_path, rank_program, capfd, monkeypatch
+):
+    monkeypatch.setattr(launch, "NODE_GRACE_S", 0.2)
+    nodes = [[sys.executable, "-c", "import sys; print('the reason'); sys.exit(2)"]]
+    argv = rank_program("time.sleep(60)")
+    assert launch_ranks(argv, 1, tmp_path / "logs", engine_nodes=nodes) == 2
+    message = capfd.readouterr().err
+    assert "engine node 0 exited with code 2" in message
+    assert "| the reason" in message
