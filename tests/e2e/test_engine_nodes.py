@@ -32,7 +32,7 @@ def node(command: Command, number: int) -> int:
 
 
 def test_a_run_whose_engine_node_is_killed_ends_like_an_undisturbed_one(complete_run, tmp_path):
-    """One run, for the time it takes: killed, resumed, and compared with an engine beside rank 0."""
+    """In one run, for the time it takes: killed, resumed, compared with an engine beside rank 0."""
     run_dir = tmp_path / "run"
     arguments = ("train", complete_run.yaml, f"run.dir={run_dir}", "rollout.nodes=1")
     with Command(*arguments, folder=tmp_path) as command:

@@ -4,11 +4,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import full_run
 from tests.helpers.full_run import ROOT, read_rows, settings, write_yaml
 from tests.helpers.slurm_cluster import Job, SlurmCluster, missing_programs
 
@@ -43,12 +45,13 @@ class Ended:
 def submit(cluster, assets, tmp_path_factory):
     """Submits a run of two pipeline stages; its paths have spaces."""
 
-    def start(name: str, *options: str) -> tuple[Job, Path]:
+    def start(name: str, *options: str, settings: Sequence[str] = ()) -> tuple[Job, Path]:
         folder = tmp_path_factory.mktemp(f"{name} ")
-        content = settings(assets) | {"parallel": {"pp": 2}}
+        content = full_run.settings(assets) | {"parallel": {"pp": 2}}
         content["run"]["dir"] = str(folder / "the run")
         yaml = write_yaml(folder / "a run.yaml", content)
-        return cluster.submit(*options, SCRIPT, yaml, folder=folder), folder / "the run"
+        job = cluster.submit(*options, SCRIPT, yaml, *settings, folder=folder)
+        return job, folder / "the run"
 
     return start
 
@@ -75,6 +78,14 @@ def on_two_nodes(submit) -> Ended:
     if os.getuid() != 0:
         pytest.skip("only root can give each node a /dev/shm of its own")
     job, folder = submit("on_two_nodes", "--nodes=2")
+    return Ended(job.wait(), job.log, folder)
+
+
+@pytest.fixture(scope="module")
+def with_engine_node(submit) -> Ended:
+    if os.getuid() != 0:
+        pytest.skip("only root can give each node a /dev/shm of its own")
+    job, folder = submit("with_engine_node", "--nodes=2", settings=["rollout.nodes=1"])
     return Ended(job.wait(), job.log, folder)
 
 
@@ -112,6 +123,13 @@ def test_two_hosts_without_common_memory_train_the_same_run(undisturbed, on_two_
     assert "nodes: 2 reach node1:" in on_two_nodes.log
     assert re.search(r"answers, clocks differ by [01]\.", on_two_nodes.log)
     assert_same_run(undisturbed.dir, on_two_nodes.dir)
+
+
+def test_a_node_with_the_engine_alone_trains_the_same_run(undisturbed, with_engine_node):
+    ended = with_engine_node
+    assert ended.details["JobState"] == "COMPLETED", ended.log
+    assert "engine node 0 on node2 is connected" in ended.log
+    assert_same_run(undisturbed.dir, ended.dir)
 
 
 def test_a_killed_rank_ends_the_job_which_is_not_requeued(submit):

@@ -89,18 +89,19 @@ def test_train_refuses_the_folder_of_another_run(run_yaml, capsys):
     assert "use another run.dir" in message
 
 
-def test_train_starts_itself_once_for_each_rank(run_yaml, monkeypatch):
+def test_train_starts_itself_once_for_each_rank_and_the_engine_nodes(run_yaml, monkeypatch):
     calls = []
 
-    def record(*call: object, stop_within_s: float) -> int:
-        calls.append((*call, stop_within_s))
+    def record(*call: object, stop_within_s: float, engine_nodes: list[list[str]]) -> int:
+        calls.append((*call, stop_within_s, engine_nodes))
         return 9
 
     monkeypatch.setattr("megatron_cpgd.launch.launch_ranks", record)
-    overrides = ["parallel.tp=2", "parallel.dp=2"]
+    overrides = ["parallel.tp=2", "parallel.dp=2", "rollout.nodes=1"]
     assert main(["train", str(run_yaml), *overrides]) == 9
-    command = [sys.executable, "-m", "megatron_cpgd.cli", "train", str(run_yaml), *overrides]
-    assert calls == [(command, 4, run_yaml.parent / "run" / "logs", 540.0)]
+    cli, given = [sys.executable, "-m", "megatron_cpgd.cli"], [str(run_yaml), *overrides]
+    node = [*cli, "serve", "--node=0", *given]
+    assert calls == [([*cli, "train", *given], 4, run_yaml.parent / "run" / "logs", 540.0, [node])]
 
 
 def test_under_a_launcher_train_runs_as_that_rank(run_yaml, monkeypatch):

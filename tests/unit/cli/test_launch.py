@@ -229,9 +229,7 @@ def test_rank_0_gives_the_reason_when_an_engine_node_is_killed(tmp_path, rank_pr
     assert capfd.readouterr().err == "the reason\n"
 
 
-def test_an_engine_node_that_rank_0_never_met_is_named(
-    tmp_path, rank_program, capfd, monkeypatch
-):
+def test_an_engine_node_that_rank_0_never_met_is_named(tmp_path, rank_program, capfd, monkeypatch):
     monkeypatch.setattr(launch, "NODE_GRACE_S", 0.2)
     nodes = [[sys.executable, "-c", "import sys; print('the reason'); sys.exit(2)"]]
     argv = rank_program("time.sleep(60)")

@@ -71,6 +71,19 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "stability.mismatch=0.5 does nothing: rollout/kl",
         ),
         (["stability.lr_factor=0.1"], "stability.lr_factor=0.1 does nothing while stability.act"),
+        (
+            ["rollout.engines=3", "rollout.nodes=2"],
+            "rollout.engines=3: expected a multiple of rollout.nodes=2",
+        ),
+        (
+            ["rollout.engines=4", "rollout.nodes=2", "rollout.devices=[0,1,2]"],
+            "rollout.devices=[0, 1, 2]: expected a multiple of rollout.engines=4 / rollout.nodes=2",
+        ),
+        (
+            ["rollout.engines=2", "rollout.devices=[0,1,2]"],
+            "rollout.devices=[0, 1, 2]: expected a multiple of rollout.engines=2, got 3",
+        ),
+        (["rollout.nodes=1", "rollout.sleep=true"], "rollout.sleep=true does nothing: with roll"),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
         (["parallel.stage_layers=[6]"], "parallel.stage_layers does nothing: parallel.pp=1"),
         (
