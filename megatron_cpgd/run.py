@@ -35,6 +35,7 @@ from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
 from megatron_cpgd.weight_sync.arena import Arena, open_arena, remove_arena
+from megatron_cpgd.weight_sync.in_place import SharedWeights
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table
@@ -51,8 +52,8 @@ class Run:
     folder: RunFolder
     policy: Policy
     table: WeightTable
-    arena: Arena | None
-    """None on ranks that do not share rank 0's host."""
+    arena: Arena | SharedWeights | None
+    """None on ranks that do not share rank 0's host, unless it is read in place."""
     done: int
     """Steps that are finished."""
     bad_steps: int
@@ -96,9 +97,7 @@ def start_run(
         memory = PeakMemory()
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
-        arena = open_arena(table, config.precision.engine_weights, beside_rank_0=info.beside_rank_0)
-        if arena:
-            stack.callback(remove_arena, arena)
+        arena = _open_sync(config, policy, table, stack)
         state = _resume(policy, folder)
         run = Run(
             config=config, folder=folder, policy=policy, table=table, arena=arena,
@@ -207,6 +206,21 @@ def _check_model(config: ExperimentConfig) -> None:
         require_fp8(config.precision)
         build_transformer_config(checkpoint.config, config.model, config.parallel, config.precision)
         check_reference(config, checkpoint)
+
+
+def _open_sync(
+    config: ExperimentConfig, policy: Policy, table: WeightTable, stack: ExitStack
+) -> Arena | SharedWeights | None:
+    """What `sync_weights` takes. Collective over the world."""
+    format, beside = config.precision.engine_weights, policy.info.beside_rank_0
+    if config.rollout.sync == "in_place":
+        weights = SharedWeights(policy, table, format, beside_rank_0=beside)
+        stack.callback(weights.close)
+        return weights
+    arena = open_arena(table, format, beside_rank_0=beside)
+    if arena:
+        stack.callback(remove_arena, arena)
+    return arena
 
 
 def _longest_wait(config: ExperimentConfig) -> timedelta:

@@ -111,6 +111,16 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"rollout.devices={rollout.devices}: expected a multiple of rollout.engines="
             f"{rollout.engines}, got {len(rollout.devices)}; every engine takes as many"
         )
+    if rollout.sync == "in_place" and rollout.nodes > 0:
+        yield (
+            "rollout.sync=in_place reads the memory of the trainer's first node, but "
+            f"rollout.nodes={rollout.nodes} puts the engines elsewhere; set sync=arena or nodes=0"
+        )
+    if rollout.sync == "in_place" and not optim.distributed:
+        yield (
+            "rollout.sync=in_place needs the weights in a few buffers, which Megatron has with "
+            "optim.distributed=true only; set that, or rollout.sync=arena"
+        )
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "

@@ -42,11 +42,12 @@ from megatron_cpgd.policy.schedule import (
     plan_rank_micro_batches,
     run_schedule,
 )
-from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.shards import iter_pieces, load_hf_weights, write_hf_weights
 from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable
+from megatron_cpgd.weights.tiling import Index
 
 
 class TokenLoss[S](Protocol):
@@ -309,6 +310,11 @@ class Policy:
             view: None on ranks that do not share rank 0's host.
         """
         write_hf_weights(self._chunks, self._table, self.info, view)
+
+    def iter_pieces(self) -> Iterator[tuple[str, Index, Tensor]]:
+        """Every part of a full Hugging Face tensor that this rank holds: name, place, view of the
+        weight. No collective."""
+        return iter_pieces(self._chunks, self._table, self.info)
 
     def save(
         self, path: Path, trainer_state: dict[str, Any], files: Mapping[str, bytes] | None = None

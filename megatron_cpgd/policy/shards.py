@@ -106,6 +106,19 @@ def write_hf_weights(
     table.check_written(dict(zip(index, written.tolist(), strict=True)))
 
 
+def iter_pieces(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo
+) -> Iterator[tuple[str, Index, Tensor]]:
+    """Every part of a full HF tensor that this rank holds: name, place, view of the weight.
+
+    Other ranks may hold the same parts.
+    """
+    for name, tensor in iter_weights(chunks, info):
+        entry = table.entry(name)
+        for box in export_boxes(entry, tensor, **_cut(entry, info)):
+            yield box.hf, box.hf_index, box.oriented(tensor.detach()[box.local_index])
+
+
 def _own_weights(
     chunks: list[Any], table: WeightTable, info: ParallelInfo
 ) -> Iterator[tuple[Entry, Tensor]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.weight_sync.arena import Arena
+from megatron_cpgd.weight_sync.in_place import SharedWeights
 
 
 class WeightWriter(Protocol):
@@ -23,15 +24,19 @@ class TensorView(Protocol):
 
 
 def sync_weights(
-    policy: WeightWriter, engine: RolloutEngine | None, arena: Arena | None, *, version: int
+    policy: WeightWriter,
+    engine: RolloutEngine | None,
+    arena: Arena | SharedWeights | None,
+    *,
+    version: int,
 ) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
-    Nobody writes the arena again before rank 0 broadcasts the next rollouts, and that happens
-    after the engine has read it.
+    Nobody writes the arena, or changes the weights, before rank 0 broadcasts the next rollouts, and
+    that happens after the engine has read them.
 
     Args:
-        arena: None on ranks that do not share rank 0's host.
+        arena: None on ranks that do not share rank 0's host; or the weights, to be read in place.
 
     Returns:
         Metrics, on rank 0.
@@ -39,18 +44,23 @@ def sync_weights(
     Raises:
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
     """
-    policy.write_weights(arena.view if arena else None)
-    if arena:
-        arena.complete()
+    if isinstance(arena, SharedWeights):
+        expected = arena.digest()
+    else:
+        policy.write_weights(arena.view if arena else None)
+        if arena:
+            arena.complete()
     if engine is None:
         return {}
     assert arena is not None
-    expected = arena.file.digest()
-    report = engine.refresh(arena.file.path, version)
+    if isinstance(arena, Arena):
+        expected = arena.file.digest()
+    path = arena.path if isinstance(arena, SharedWeights) else arena.file.path
+    report = engine.refresh(path, version)
     if report.digest != expected:
         raise WeightSyncError(
             f"weight sync, version {version}: the policy wrote {expected}, the engine read "
-            f"{report.digest}; the shared memory at {arena.file.path} was changed in between"
+            f"{report.digest}; the shared memory at {path} was changed in between"
         )
     return {
         "weights/version": version,

@@ -1,0 +1,71 @@
+"""A sum over the bits of a tensor that does not depend on how the tensor is cut.
+
+F = sum of f_0(i_0) * f_1(i_1) * ... * (bits + 1) modulo 2^64 over all elements, with their places
+(i_0, i_1, ...) in the whole tensor and odd pseudo-random factors f. The sums of disjoint parts add
+up to that of the whole. A change of one element always shows: it adds odd numbers times a number
+other than 0 below 2^32, which 2^64 does not divide. Other changes (swapped rows, another tensor)
+go unseen with a chance of about 2^-60.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_cpgd.weights.quantize import Tensors
+from megatron_cpgd.weights.tiling import Index, span
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_CHUNK = {"cpu": 2**17, "cuda": 2**24}
+"""Elements that are widened to 64 bits at a time: on CPU these stay in the cache."""
+
+
+def fingerprint(part: Tensor, place: Index, dtype: torch.dtype) -> Tensor:
+    """Scalar int64 on the part's device: the share of `part` in the sum of the whole tensor.
+
+    Args:
+        part: without the dimensions of which `place` selects one number.
+        place: of the part in the whole tensor.
+        dtype: the number format to be summed, into which the part is rounded.
+    """
+    *leading, last = [_factors(dim, span(index), part.device) for dim, index in enumerate(place)]
+    row_factors = torch.ones(1, dtype=torch.int64, device=part.device)
+    for factors in leading:
+        row_factors = (row_factors[:, None] * factors).flatten()
+    rows = part.reshape(len(row_factors), len(last))
+    step = max(1, _CHUNK[part.device.type] // len(last))
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    for chunk, factors in zip(rows.split(step), row_factors.split(step), strict=True):
+        bits = chunk.to(dtype).view(_INTEGERS[dtype.itemsize]).to(torch.int64)
+        total += bits.add_(1).mul_(last).sum(1).mul_(factors).sum()
+    return total
+
+
+def combine(tensors: Tensors, fingerprints: Sequence[int]) -> str:
+    """16 hex digits over names, dtypes, shapes and fingerprints of all tensors, in order."""
+    lines = [
+        f"{name} {dtype} {shape} {value % 2**64:016x}"
+        for (name, (dtype, shape)), value in zip(tensors.items(), fingerprints, strict=True)
+    ]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _factors(dim: int, places: range, device: torch.device) -> Tensor:
+    """[len(places)] int64, odd: splitmix64 (Steele et al., 2014) of dimension and place."""
+    x = torch.arange(places.start, places.stop, places.step, device=device) + ((dim + 1) << 40)
+    x *= _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return (x ^ _shift_right(x, 31)) | 1
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """The shift of unsigned numbers; torch's repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64
