@@ -86,7 +86,8 @@ class SharedWeights:
                 "whole model; choose parallel.* so that they do, or rollout.sync=arena "
                 f"({error})"
             ) from None
-        self._own = _own_share(pieces, own)
+        self._policy = policy
+        self._own_share = _own_share(pieces)
         # Like the weights it has no name on disk, so a killed run leaves nothing behind.
         self._file = os.memfd_create("megatron_cpgd_pieces") if dist.get_rank() == 0 else None
         if self._file is not None:
@@ -108,8 +109,11 @@ class SharedWeights:
         formats = [dtype for dtype, _ in self._tensors.values()]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sums = torch.zeros(len(formats), dtype=torch.int64, device=device)
-        for i, place, view in self._own:
-            sums[i] += fingerprint(view, place, formats[i])
+        # Those that the policy has now: a weight that has moved away shows as a difference.
+        for name, place, view in self._policy.iter_pieces():
+            i = self._own_share.get((name, ranges_of(place)))
+            if i is not None:
+                sums[i] += fingerprint(view, place, formats[i])
         dist.all_reduce(sums)
         return combine(self._tensors, sums.tolist())
 
@@ -174,13 +178,13 @@ def _in_pieces(tensors: Tensors, ranks: Iterable[_Held]) -> tuple[InPlaceTensor,
     )
 
 
-def _own_share(pieces: PieceList, own: _Views) -> list[tuple[int, Index, Tensor]]:
-    """The pieces that this rank sums up: number of the tensor, place, view."""
-    share = []
+def _own_share(pieces: PieceList) -> dict[tuple[str, Ranges], int]:
+    """The pieces that this rank sums up, with the numbers of their tensors."""
+    share = {}
     turns = count()
     for i, tensor in enumerate(pieces.tensors):
         for piece in tensor.pieces:
             copy = piece.copies[next(turns) % len(piece.copies)]  # one of the ranks that hold it
             if copy.rank == dist.get_rank():
-                share.append((i, piece.place, own[tensor.name, piece.ranges]))
+                share[tensor.name, piece.ranges] = i
     return share
