@@ -1,5 +1,6 @@
 """One refresh of the engine: every rank writes its share, the engine loads, both sums agree."""
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -45,22 +46,25 @@ def sync_weights(
         WeightSyncError: on rank 0, the engine did not load what the policy wrote.
     """
     if isinstance(arena, SharedWeights):
-        expected = arena.digest()
-    else:
-        policy.write_weights(arena.view if arena else None)
-        if arena:
-            arena.complete()
+        digest = arena.digest()
+        return _refresh(engine, arena.path, digest, version) if engine else {}
+    policy.write_weights(arena.view if arena else None)
+    if arena:
+        arena.complete()
     if engine is None:
         return {}
     assert arena is not None
-    if isinstance(arena, Arena):
-        expected = arena.file.digest()
-    path = arena.path if isinstance(arena, SharedWeights) else arena.file.path
-    report = engine.refresh(path, version)
+    return _refresh(engine, arena.file.path, arena.file.digest(), version)
+
+
+def _refresh(
+    engine: RolloutEngine, arena: Path, expected: str, version: int
+) -> dict[str, float | str]:
+    report = engine.refresh(arena, version)
     if report.digest != expected:
         raise WeightSyncError(
             f"weight sync, version {version}: the policy wrote {expected}, the engine read "
-            f"{report.digest}; the shared memory at {path} was changed in between"
+            f"{report.digest}; the shared memory at {arena} was changed in between"
         )
     return {
         "weights/version": version,

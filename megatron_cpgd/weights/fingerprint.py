@@ -1,10 +1,10 @@
 """A sum over the bits of a tensor that does not depend on how the tensor is cut.
 
-F = sum of f_0(i_0) * f_1(i_1) * ... * (bits + 1) modulo 2^64 over all elements, with their places
-(i_0, i_1, ...) in the whole tensor and odd pseudo-random factors f. The sums of disjoint parts add
-up to that of the whole. A change of one element always shows: it adds odd numbers times a number
-other than 0 below 2^32, which 2^64 does not divide. Other changes (swapped rows, another tensor)
-go unseen with a chance of about 2^-60.
+F = sum of f_0(i_0) * f_1(i_1) * ... * bits modulo 2^64 over all elements, with their places (i_0,
+i_1, ...) in the whole tensor, odd pseudo-random factors f and an element's bits as an integer. The
+sums of disjoint parts add up to that of the whole. A change of one element always shows: it adds
+odd numbers times a number other than 0 below 2^32, which 2^64 does not divide. Other changes
+(swapped rows, another tensor) go unseen with a chance of about 2^-60.
 """
 
 import hashlib
@@ -30,16 +30,13 @@ def fingerprint(part: Tensor, place: Index, dtype: torch.dtype) -> Tensor:
         place: of the part in the whole tensor.
         dtype: the number format to be summed, into which the part is rounded.
     """
-    *leading, last = [_factors(dim, span(index), part.device) for dim, index in enumerate(place)]
-    row_factors = torch.ones(1, dtype=torch.int64, device=part.device)
-    for factors in leading:
-        row_factors = (row_factors[:, None] * factors).flatten()
-    rows = part.reshape(len(row_factors), len(last))
-    step = max(1, _CHUNK[part.device.type] // len(last))
+    row_factors, column_factors = _factors(tuple(map(span, place)), part.device)
+    rows = part.reshape(len(row_factors), len(column_factors))
+    step = max(1, _CHUNK[part.device.type] // len(column_factors))
     total = torch.zeros((), dtype=torch.int64, device=part.device)
     for chunk, factors in zip(rows.split(step), row_factors.split(step), strict=True):
         bits = chunk.to(dtype).view(_INTEGERS[dtype.itemsize]).to(torch.int64)
-        total += bits.add_(1).mul_(last).sum(1).mul_(factors).sum()
+        total += bits.mul_(column_factors).sum(1).mul_(factors).sum()
     return total
 
 
@@ -53,8 +50,17 @@ def combine(tensors: Tensors, fingerprints: Sequence[int]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _factors(dim: int, places: range, device: torch.device) -> Tensor:
-    """[len(places)] int64, odd: splitmix64 (Steele et al., 2014) of dimension and place."""
+def _factors(places: tuple[range, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Products of the factors of all dimensions but the last, flat, and the factors of the last."""
+    rows = torch.ones(1, dtype=torch.int64, device=device)
+    *leading, last = (_odd_numbers(dim, each, device) for dim, each in enumerate(places))
+    for factors in leading:
+        rows = (rows[:, None] * factors).flatten()
+    return rows, last
+
+
+def _odd_numbers(dim: int, places: range, device: torch.device) -> Tensor:
+    """[len(places)] int64: splitmix64 (Steele et al., 2014) of dimension and place."""
     x = torch.arange(places.start, places.stop, places.step, device=device) + ((dim + 1) << 40)
     x *= _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
