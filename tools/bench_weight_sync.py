@@ -2,8 +2,8 @@
 
 A random Qwen3 is on the ranks of this machine, cut by tensor parallelism, and in a real vLLM. Every
 round brings the weights into the engine through an arena and in place, one right after the other,
-so that the ratio of a round does not depend on what else the machine does. Both must have been
-read whole, which the digests prove.
+so that the ratio of a round depends little on what else the machine does. Processor time is that of
+the ranks and the engine together. That all was read is proven by the digests.
 
     python tools/bench_weight_sync.py --ranks 2 --hidden 1024 --layers 12
 """
@@ -14,10 +14,20 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 GIB = 2**30
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one way, by round."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
 
 def main() -> int:
@@ -63,11 +73,14 @@ def _save_model(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
     from megatron_cpgd.config.schema import ExperimentConfig
     from megatron_cpgd.policy.parallel import init_model_parallel, join_world, leave_world
     from megatron_cpgd.policy.policy import Policy
     from megatron_cpgd.rollout.start import start_engine
-    from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+    from megatron_cpgd.rollout.vllm_engine import VllmEngine
+    from megatron_cpgd.weight_sync.arena import Arena, open_arena, remove_arena
     from megatron_cpgd.weight_sync.in_place import SharedWeights
     from megatron_cpgd.weight_sync.sync import sync_weights
     from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
@@ -96,17 +109,24 @@ def _measure(arguments: argparse.Namespace) -> None:
         arena = open_arena(table, format)
         weights = SharedWeights(policy, table, format, beside_rank_0=True)
         assert arena is not None
-        ways = {"arena": arena, "in_place": weights}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        ways: dict[str, Arena | SharedWeights] = {"arena": arena, "in_place": weights}
+        pids = [0] * dist.get_world_size()
+        dist.all_gather_object(pids, os.getpid())
+        if isinstance(engine, VllmEngine):
+            pids.append(engine.pid)
+        times = {way: Times() for way in ways}
         for version in range(1 + arguments.rounds):
             # The way that is first changes from round to round.
             for way in sorted(ways, reverse=version % 2 == 0):
-                start = time.perf_counter()
+                dist.barrier()
+                start, used = time.perf_counter(), _processor_seconds(pids)
                 sync_weights(policy, engine, ways[way], version=version)
-                seconds[way].append(time.perf_counter() - start)
+                times[way].wall.append(time.perf_counter() - start)
+                times[way].processor.append(_processor_seconds(pids) - used)
+                dist.barrier()
         if rank_0:
             files = [arena.file, *([arena.staging] if arena.staging else [])]
-            _report(seconds, sum(file.nbytes for file in files), weights.path.stat().st_size)
+            _report(times, sum(file.nbytes for file in files), weights.path.stat().st_size)
         remove_arena(arena)
         weights.close()
         leave_world()
@@ -115,17 +135,27 @@ def _measure(arguments: argparse.Namespace) -> None:
             engine.close()
 
 
-def _report(seconds: dict[str, list[float]], arena_bytes: int, list_bytes: int) -> None:
-    """The first round maps the memory and is shown apart."""
-    for way, measured in seconds.items():
-        first, *others = measured
+def _processor_seconds(pids: list[int]) -> float:
+    """That the processes have used since they began."""
+    ticks = 0
+    for pid in pids:
+        # The 14th and 15th field are user and system time, the second a name in parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / CLOCK_TICKS
+
+
+def _report(times: dict[str, Times], arena_bytes: int, list_bytes: int) -> None:
+    """Without the first round, which maps the memory."""
+    for kind in ("wall", "processor"):
+        arena, in_place = (getattr(times[way], kind)[1:] for way in ("arena", "in_place"))
+        ratios = [a / b for a, b in zip(arena, in_place, strict=True)]
         sys.stdout.write(
-            f"{way:9} first {first:.2f} s, then median {statistics.median(others):.3f} s\n"
+            f"{kind} time: arena {statistics.median(arena):.2f} s, in place "
+            f"{statistics.median(in_place):.2f} s; ratio of a round: median "
+            f"{statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}\n"
         )
-    ratios = [a / b for a, b in zip(seconds["arena"], seconds["in_place"], strict=True)][1:]
     sys.stdout.write(
-        f"seconds, arena / in_place: median {statistics.median(ratios):.2f}, from "
-        f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds\n"
         f"memory: arena {arena_bytes / GIB:.3f} GiB, piece list {list_bytes / GIB:.6f} GiB\n"
     )
 
