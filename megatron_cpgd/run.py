@@ -26,7 +26,6 @@ from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.policy.reference import check_reference
 from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.rollout.remote_engine import RemoteEngineGroup
 from megatron_cpgd.rollout.start import connect_engine_nodes, start_engine
 from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.stability.detector import CollapseDetector
@@ -35,8 +34,8 @@ from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
-from megatron_cpgd.weight_sync.arena import Arena, open_arena, remove_arena
-from megatron_cpgd.weight_sync.node_weights import NodeWeights
+from megatron_cpgd.weight_sync.routes import open_route
+from megatron_cpgd.weight_sync.sync import WeightRoute
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
 from megatron_cpgd.weights.registry import weight_table
@@ -53,8 +52,8 @@ class Run:
     folder: RunFolder
     policy: Policy
     table: WeightTable
-    arena: Arena | NodeWeights | None
-    """None on ranks that do not share rank 0's host; with engine nodes the way to their arenas."""
+    route: WeightRoute
+    """Of the weights to the engines."""
     done: int
     """Steps that are finished."""
     bad_steps: int
@@ -98,10 +97,11 @@ def start_run(
         memory = PeakMemory()
         info = init_model_parallel(config.parallel, seed=config.run.seed)
         policy = Policy(config, info, checkpoint, table)
-        arena = _open_arena(config, policy, table, sampler, stack)
+        route = open_route(config, policy, table, sampler.engine if sampler else None)
+        stack.callback(route.close)
         state = _resume(policy, folder)
         run = Run(
-            config=config, folder=folder, policy=policy, table=table, arena=arena,
+            config=config, folder=folder, policy=policy, table=table, route=route,
             done=state["step"], bad_steps=state["bad_steps"], roll_backs=state["roll_backs"],
             stop=stop or StopRequest(), memory=memory, prompts=prompts, sampler=sampler,
         )  # fmt: skip
@@ -198,31 +198,6 @@ def _start_rank_0(
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler
-
-
-def _open_arena(
-    config: ExperimentConfig,
-    policy: Policy,
-    table: WeightTable,
-    sampler: Sampler | None,
-    stack: ExitStack,
-) -> Arena | NodeWeights | None:
-    """What the weights are written to: see `Run.arena`. Collective over the world."""
-    rollout = config.rollout
-    if rollout.nodes:
-        engine = sampler.engine if sampler else None
-        return NodeWeights(
-            policy,
-            engine.nodes if isinstance(engine, RemoteEngineGroup) else None,
-            count=rollout.nodes,
-            start_timeout_s=rollout.start_timeout_s,
-            step_timeout_s=rollout.step_timeout_s,
-        )
-    format = config.precision.engine_weights
-    arena = open_arena(table, format, beside_rank_0=policy.info.beside_rank_0)
-    if arena:
-        stack.callback(remove_arena, arena)
-    return arena
 
 
 def _gpu_name() -> str | None:

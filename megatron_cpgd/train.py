@@ -60,7 +60,7 @@ def train(
     """
     with start_run(config, engine, stop) as run:
         engine = run.sampler.engine if run.sampler else None
-        sync_weights(run.policy, engine, run.arena, version=run.done)
+        sync_weights(run.route, engine, version=run.done)
         if run.done == 0:
             log_step(run, 0, _evaluate(run, 0))
         timer = StepTimer()
@@ -82,7 +82,7 @@ def train(
             metrics |= guard(run, step, metrics)  # a collapse ends the run or takes it back
             if not abandoned:
                 with timer("sync"):
-                    metrics |= sync_weights(run.policy, engine, run.arena, version=step)
+                    metrics |= sync_weights(run.route, engine, version=step)
             _finish_step(run, step, batch, metrics, timer, stops=abandoned)
             if abandoned:
                 stop_behind(run, step)

@@ -105,6 +105,16 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             "the weights of the step before; set staleness to at least 1, or overlap=false"
         )
     yield from _engine_problems(rollout)
+    if rollout.sync == "in_place" and rollout.nodes > 0:
+        yield (
+            "rollout.sync=in_place reads the memory of the trainer's first node, but "
+            f"rollout.nodes={rollout.nodes} puts the engines elsewhere; set sync=arena or nodes=0"
+        )
+    if rollout.sync == "in_place" and not optim.distributed:
+        yield (
+            "rollout.sync=in_place needs the weights in a few buffers, which Megatron has with "
+            "optim.distributed=true only; set that, or rollout.sync=arena"
+        )
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "eval.",
     "rewards.workers",
     "rewards.timeout_s",
+    "rollout.sync",
     "rollout.start_timeout_s",
     "rollout.step_timeout_s",
 )

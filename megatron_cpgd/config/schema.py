@@ -172,6 +172,10 @@ class RolloutConfig(Config):
     sleep: bool = False
     """Engines give their GPU memory back while the trainer works, and take it again to sample. For
     engines on GPUs of the trainer."""
+    sync: Literal["arena", "in_place"] = "arena"
+    """How new weights reach the engines: `arena` writes all of them to a file in shared memory;
+    with `in_place` the engines read the trainer's memory, which needs no copy, but the ranks on the
+    host of rank 0 have to hold the whole model."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
     exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""

@@ -108,6 +108,8 @@ class EngineSettings:
     """GPUs of the first host that the engines take in equal shares; None: each takes the first."""
     sleeps: bool = False
     """Gives its memory back while the trainer works. Those of this version do not."""
+    in_place: bool = False
+    """Reads the weights in the trainer's memory: there is no arena."""
 
     def on_gpu(self, gpu: int) -> int:
         """How many engines have a part of theirs on this GPU of the first host."""
@@ -186,7 +188,7 @@ def host_memory(
     workers = min(engine.tp * engine.engines, machine.gpus_per_node)
     processes = HOST_PROCESS * (ranks + workers) if machine.accelerator else 0
     return HostMemory(
-        arena=BYTES[engine.precision] * model.parameters,
+        arena=0 if engine.in_place else BYTES[engine.precision] * model.parameters,
         reference=weights * ranks if held else 0,
         batch=batch_tokens * (TOKEN_RECORD + route_bytes) * ranks,
         processes=processes,

@@ -125,4 +125,5 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
         cache_bytes=int(cache) if cache is not None else None,
         engines=config.rollout.engines,
         devices=tuple(config.rollout.devices) if config.rollout.devices else None,
+        in_place=config.rollout.sync == "in_place",
     )

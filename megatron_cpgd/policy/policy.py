@@ -42,7 +42,12 @@ from megatron_cpgd.policy.schedule import (
     plan_rank_micro_batches,
     run_schedule,
 )
-from megatron_cpgd.policy.shards import engine_node_pieces, load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.shards import (
+    engine_node_pieces,
+    iter_pieces,
+    load_hf_weights,
+    write_hf_weights,
+)
 from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.buckets import Piece
@@ -314,6 +319,11 @@ class Policy:
     def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
         """What this rank sends to which of the engine nodes; see `shards.engine_node_pieces`."""
         return engine_node_pieces(self._chunks, self._table, self.info, nodes)
+
+    def iter_pieces(self) -> Iterator[Piece]:
+        """Every part of a full Hugging Face tensor that this rank holds: name, place, view of the
+        weight. No collective."""
+        return iter_pieces(self._chunks, self._table, self.info)
 
     def save(
         self, path: Path, trainer_state: dict[str, Any], files: Mapping[str, bytes] | None = None

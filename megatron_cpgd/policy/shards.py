@@ -132,6 +132,15 @@ def engine_node_pieces(
     return sent
 
 
+def iter_pieces(chunks: list[Any], table: WeightTable, info: ParallelInfo) -> Iterator[Piece]:
+    """Every part of a full HF tensor that this rank holds, as a view of its weight.
+
+    Other ranks may hold the same parts.
+    """
+    for name, tensor in iter_weights(chunks, info):
+        yield from _pieces(table.entry(name), tensor.detach(), info)
+
+
 def _pieces(entry: Entry, tensor: Tensor, info: ParallelInfo) -> Iterator[Piece]:
     for box in export_boxes(entry, tensor, **_cut(entry, info)):
         yield box.hf, box.hf_index, box.oriented(tensor[box.local_index])

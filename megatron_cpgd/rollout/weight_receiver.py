@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_cpgd.errors import ConversionError, WeightSyncError
+from megatron_cpgd.rollout.assemble import AssembledWeights, TrainerMemory
 from megatron_cpgd.rollout.expected_tensors import ExpectedTensors, checkpoint_tensors
 from megatron_cpgd.rollout.vllm_compat import (
     layerwise_reload,
@@ -17,6 +19,7 @@ from megatron_cpgd.rollout.vllm_compat import (
     reads_fp8_blocks,
 )
 from megatron_cpgd.rollout.vllm_gpt_oss import writable
+from megatron_cpgd.weights.pieces import is_piece_list
 from megatron_cpgd.weights.quantize import FP8, Tensors, quantized_tensors
 from megatron_cpgd.weights.tensor_file import TensorFile
 
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightReceiver:
-    """Loads an arena into a running engine.
+    """Loads an arena, or the weights that a piece list describes, into a running engine.
 
     vLLM's own weight-transfer engines cannot answer the caller and need three remote calls, which
     leave some workers in the middle of an update when one of them fails. Here a refresh is one
@@ -33,10 +36,16 @@ class WeightReceiver:
 
     model_runner: Any
     vllm_config: Any
+    device: torch.device
     _cpgd_expected: ExpectedTensors
+    _cpgd_memory: TrainerMemory | None = None
 
     def cpgd_refresh(self, arena: str) -> dict[str, Any]:
-        """Load the arena; the receipt has `error`, or `tensors`, `nbytes` and `digest`."""
+        """Load an arena or a piece list.
+
+        Returns:
+            A receipt with `error`, or with `tensors`, `nbytes` and `digest`.
+        """
         try:
             return self._cpgd_load(Path(arena))
         except Exception as error:
@@ -52,12 +61,20 @@ class WeightReceiver:
             if reads_fp8_blocks(self.vllm_config):
                 tensors = quantized_tensors(tensors)
             self._cpgd_expected = ExpectedTensors(tensors, loadable_names(model, tensors))
-        with TensorFile.open(path) as arena:
+        with self._cpgd_open(path) as arena:
             self._cpgd_expected.check(arena.tensors)
             with layerwise_reload(model, model_config):
                 model.load_weights((name, writable(name, arena.view(name))) for name in arena.names)
             digest = arena.digest()
             return {"tensors": len(arena.names), "nbytes": arena.nbytes, "digest": digest}
+
+    def _cpgd_open(self, path: Path) -> AbstractContextManager[TensorFile | AssembledWeights]:
+        if not is_piece_list(path):
+            return TensorFile.open(path)
+        if self._cpgd_memory is None or not self._cpgd_memory.is_of(path):
+            self._cpgd_memory = None  # lets go of the memory of an earlier run
+            self._cpgd_memory = TrainerMemory(path, self.device)
+        return nullcontext(AssembledWeights(self._cpgd_memory))
 
 
 def loadable_names(model: nn.Module, tensors: Tensors) -> set[str]:

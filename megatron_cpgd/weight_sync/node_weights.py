@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
 from megatron_cpgd.weight_sync.links import Link, send_buckets
+from megatron_cpgd.weight_sync.sync import Sent
 from megatron_cpgd.weights.buckets import Piece, iter_buckets
 
 _LOOK_S = 0.5
@@ -30,7 +32,7 @@ class PieceSource(Protocol):
 
 
 class NodeWeights:
-    """This rank's connections to the engine nodes that it serves."""
+    """A WeightRoute: this rank's connections to the engine nodes that it serves."""
 
     def __init__(
         self,
@@ -89,8 +91,19 @@ class NodeWeights:
 
         self._watched(open_links)
 
-    def send(self, version: int) -> list[Received]:
-        """Bring the policy's weights to all nodes. Collective over the world.
+    def send(self, version: int, *, report: bool) -> Sent | None:
+        """See WeightRoute.send; `deliver` has the errors."""
+        reports = self.deliver(version)
+        if not report:
+            return None
+        metrics = {
+            "weights/network_bytes": sum(each.network_bytes for each in reports),
+            "weights/network_s": max(each.network_s for each in reports),
+        }
+        return Sent(Path(reports[0].arena), reports[0].digest, metrics)
+
+    def deliver(self, version: int) -> list[Received]:
+        """Bring the policy's weights to the arenas of all nodes. Collective over the world.
 
         Returns:
             On rank 0 a report of each node, all with the same digest; on others nothing.
@@ -123,6 +136,10 @@ class NodeWeights:
                     f"{report.version}"
                 )
         return reports
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._links.clear()
 
     def _watched(self, work: Callable[[], None]) -> None:
         """Do `work`; on rank 0 in a thread, so that a lost node ends the wait for it."""

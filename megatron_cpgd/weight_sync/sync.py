@@ -1,80 +1,65 @@
-"""One refresh of the engine: every rank writes its share, the engine loads, both sums agree."""
+"""One refresh of the engines: all ranks send, the engines load, both sums agree."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.weight_sync.arena import Arena
-from megatron_cpgd.weight_sync.node_weights import NodeWeights
 
 
-class WeightWriter(Protocol):
-    """The part of a policy that a sync needs."""
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the engines can read now."""
 
-    def write_weights(self, view: "TensorView | None") -> None:
-        """Write this rank's share of the full HF tensors and wait for the others."""
+    path: Path
+    """An arena or a piece list, on their host."""
+    digest: str
+    """Of the weights that were sent."""
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-class TensorView(Protocol):
-    """A tensor of the arena by its HF name."""
+class WeightRoute(Protocol):
+    """A way of the policy's weights to the engines."""
 
-    def __call__(self, name: str, /) -> Tensor: ...
+    def send(self, version: int, *, report: bool) -> Sent | None:
+        """Make the weights readable for the engines. Collective over the world.
+
+        Args:
+            report: this is rank 0, which wants to know what was sent.
+        """
+
+    def close(self) -> None:
+        """Give back what this rank holds for it."""
 
 
 def sync_weights(
-    policy: WeightWriter,
-    engine: RolloutEngine | None,
-    arena: Arena | NodeWeights | None,
-    *,
-    version: int,
+    route: WeightRoute, engine: RolloutEngine | None, *, version: int
 ) -> dict[str, float | str]:
     """Bring the engine to `version`. Collective over the world; `engine` is None but on rank 0.
 
-    Nobody writes the arena again before rank 0 broadcasts the next rollouts, and that happens
-    after the engine has read it.
-
-    Args:
-        arena: None on ranks that do not share rank 0's host. With engine nodes, the connections to
-            the arenas there.
+    Nobody sends again, or changes the weights, before rank 0 broadcasts the next rollouts, and that
+    happens after the engine has read them.
 
     Returns:
         Metrics, on rank 0.
 
     Raises:
-        WeightSyncError: on rank 0, the engine did not load what the policy wrote.
+        WeightSyncError: on rank 0, the engine did not load what the policy has sent.
     """
-    if isinstance(arena, NodeWeights):
-        reports = arena.send(version)
-        if engine is None:
-            return {}
-        metrics = _refresh(engine, Path(reports[0].arena), reports[0].digest, version)
-        return metrics | {
-            "weights/network_bytes": sum(report.network_bytes for report in reports),
-            "weights/network_s": max(report.network_s for report in reports),
-        }
-    policy.write_weights(arena.view if arena else None)
-    if arena:
-        arena.complete()
+    sent = route.send(version, report=engine is not None)
     if engine is None:
         return {}
-    assert arena is not None
-    return _refresh(engine, arena.file.path, arena.file.digest(), version)
-
-
-def _refresh(
-    engine: RolloutEngine, arena: Path, expected: str, version: int
-) -> dict[str, float | str]:
-    report = engine.refresh(arena, version)
-    if report.digest != expected:
+    assert sent is not None
+    report = engine.refresh(sent.path, version)
+    if report.digest != sent.digest:
         raise WeightSyncError(
-            f"weight sync, version {version}: the policy wrote {expected}, the engine read "
-            f"{report.digest}; the shared memory at {arena} was changed in between"
+            f"weight sync, version {version}: the policy wrote {sent.digest}, the engine read "
+            f"{report.digest}; the shared memory at {sent.path} was changed in between"
         )
     return {
         "weights/version": version,
         "weights/digest": report.digest,
         "weights/bytes": report.nbytes,
+        **sent.metrics,
     }

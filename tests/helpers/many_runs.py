@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "stale_interrupted": {"rollout": {"staleness": 2}},
     "overlapped": {"rollout": {"staleness": 2, "overlap": True}},
     "overlapped_stopped": {"rollout": {"staleness": 2, "overlap": True}},
+    "in_place_interrupted": {"rollout": {"staleness": 2, "overlap": True, "sync": "in_place"}},
     "dapo": {"algorithm": DAPO},
     "dapo_interrupted": {"algorithm": DAPO},
     "pieces": {"rollout": {"piece_tokens": 2}},

@@ -85,7 +85,7 @@ def node_weights_job(
         weights = NodeWeights(policy, hub, count=nodes, start_timeout_s=30, step_timeout_s=30)
         try:
             for version in (1,) if lost else (1, 2):
-                result.reports = weights.send(version)
+                result.reports = weights.deliver(version)
         except RunError as error:
             result.error = f"{type(error).__name__}: {error}"
         dist.barrier()

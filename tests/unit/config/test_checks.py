@@ -84,6 +84,14 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "rollout.devices=[0, 1, 2]: expected a multiple of rollout.engines=2, got 3",
         ),
         (["rollout.nodes=1", "rollout.sleep=true"], "rollout.sleep=true does nothing: with roll"),
+        (
+            ["rollout.sync=in_place", "rollout.nodes=1"],
+            "rollout.sync=in_place reads the memory of the trainer's first node, but rollout.nodes",
+        ),
+        (
+            ["rollout.sync=in_place", "optim.distributed=false"],
+            "rollout.sync=in_place needs the weights in a few buffers, which Megatron has with",
+        ),
         (["parallel.vpp=2"], "parallel.vpp=2 needs a pipeline"),
         (["parallel.stage_layers=[6]"], "parallel.stage_layers does nothing: parallel.pp=1"),
         (

@@ -8,6 +8,7 @@ import torch
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RefreshReport
 from megatron_cpgd.weight_sync.arena import Arena
+from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
 from megatron_cpgd.weight_sync.sync import sync_weights
 from megatron_cpgd.weights.tensor_file import TensorFile
 
@@ -39,6 +40,10 @@ class FakePolicy:
         view("b").fill_(0.5)
 
 
+def route(arena: TensorFile) -> ArenaWeights:
+    return ArenaWeights(FakePolicy(), Arena(arena))
+
+
 @pytest.fixture
 def arena(tmp_path):
     with TensorFile.create(tmp_path / "arena.safetensors", SHAPES, {}) as file:
@@ -47,7 +52,7 @@ def arena(tmp_path):
 
 def test_the_engine_gets_what_the_policy_wrote_and_its_version(arena):
     engine = FakeEngine()
-    metrics = sync_weights(FakePolicy(), engine, Arena(arena), version=7)
+    metrics = sync_weights(route(arena), engine, version=7)
     assert engine.version == 7
     assert engine.tensors["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert engine.tensors["b"].tolist() == [0.5] * 5
@@ -60,9 +65,9 @@ def test_one_number_that_changed_on_the_way_stops_the_run(arena, name):
     with pytest.raises(
         WeightSyncError, match=r"version 3: the policy wrote \w{8}, the engine read"
     ):
-        sync_weights(FakePolicy(), FakeEngine(damage=name), Arena(arena), version=3)
+        sync_weights(route(arena), FakeEngine(damage=name), version=3)
 
 
 def test_a_rank_without_the_engine_only_writes(arena):
-    assert sync_weights(FakePolicy(), None, Arena(arena), version=1) == {}
+    assert sync_weights(route(arena), None, version=1) == {}
     assert arena.view("b").tolist() == [0.5] * 5
