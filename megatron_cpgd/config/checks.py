@@ -111,6 +111,7 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"rollout.devices={rollout.devices}: expected a multiple of rollout.engines="
             f"{rollout.engines}, got {len(rollout.devices)}; every engine takes as many"
         )
+    yield from _sleep_problems(config)
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
@@ -149,6 +150,39 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
             f"tracking.routing_every={every} does nothing: the first measurement is that of step "
             f"{every}, and run.steps={steps}; set routing_every <= {steps}"
         )
+
+
+def _sleep_problems(config: ExperimentConfig) -> Iterator[str]:
+    rollout, ranks = config.rollout, config.parallel.world_size
+    if rollout.sleep and rollout.overlap:
+        yield (
+            "rollout.sleep=true lets the engines sleep while the trainer works, but "
+            "rollout.overlap=true samples meanwhile; set one of them to false"
+        )
+    if rollout.sleep and rollout.nodes > 0:
+        yield (
+            f"rollout.sleep=true does nothing: with rollout.nodes={rollout.nodes} the engines have "
+            "GPUs of their own; set sleep=false"
+        )
+    if rollout.sleep and rollout.devices and min(rollout.devices) >= ranks:
+        yield (
+            f"rollout.sleep=true does nothing: rollout.devices={rollout.devices} are none of the "
+            f"{ranks} that the trainer takes; set sleep=false or remove devices"
+        )
+    if not config.optim.offload:
+        return
+    if not rollout.sleep:
+        yield (
+            "optim.offload=true does nothing: with rollout.sleep=false the engines keep their share "
+            "of the GPUs all the time; set sleep=true or offload=false"
+        )
+    for name in CUDA_GRAPHS:
+        value = config.model.megatron.get(name)
+        if value not in (None, False, "none"):
+            yield (
+                f"model.megatron.{name}={value}: a captured graph expects the weights where they "
+                "were, and with optim.offload=true they come back elsewhere; remove one of them"
+            )
 
 
 def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:

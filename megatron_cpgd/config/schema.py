@@ -169,8 +169,8 @@ class RolloutConfig(Config):
     """Nodes with engines only, beside those of the trainer; they take equal shares of `engines`.
     0: the engines are on the first node of the trainer."""
     sleep: bool = False
-    """Engines give their GPU memory back while the trainer works, and take it again to sample. For
-    engines on GPUs of the trainer."""
+    """Engines give their GPU memory back while the trainer works, and take it again for the weights
+    of a step. For engines on GPUs of the trainer. See architecture.md; on CPU nothing is freed."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
     exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""
@@ -259,6 +259,9 @@ class OptimConfig(Config):
     """Bound of the global gradient norm."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    offload: bool = False
+    """With `rollout.sleep`: keep weights and optimizer state in pinned host memory while the engine
+    works, so that it has the GPUs for itself. Changes no bit of the training."""
 
 
 class BatchConfig(Config):

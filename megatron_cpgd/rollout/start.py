@@ -32,6 +32,7 @@ def start_engine(config: ExperimentConfig, log_path: Path) -> RolloutEngine:
             seed=config.run.seed,
             trust_remote_code=config.model.trust_remote_code,
             return_routes=config.needs_rollout_routes,
+            sleeps=rollout.sleep,
             devices=rollout.devices[i * share : (i + 1) * share] if rollout.devices else None,
         )
         for i in range(rollout.engines)

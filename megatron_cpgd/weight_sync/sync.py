@@ -15,6 +15,9 @@ class WeightWriter(Protocol):
     def write_weights(self, view: "TensorView | None") -> None:
         """Write this rank's share of the full HF tensors and wait for the others."""
 
+    def release(self) -> None:
+        """Leave the GPUs to the engine, if they share them, and wait for the others."""
+
 
 class TensorView(Protocol):
     """A tensor of the arena by its HF name."""
@@ -42,6 +45,7 @@ def sync_weights(
     policy.write_weights(arena.view if arena else None)
     if arena:
         arena.complete()
+    policy.release()  # the engine reads the arena, so it may wake on GPUs without the policy
     if engine is None:
         return {}
     assert arena is not None
