@@ -173,7 +173,7 @@ def _sleep_problems(config: ExperimentConfig) -> Iterator[str]:
         return
     if not rollout.sleep:
         yield (
-            "optim.offload=true does nothing: with rollout.sleep=false the engines keep their share "
+            "optim.offload=true does nothing: with rollout.sleep=false engines keep their share "
             "of the GPUs all the time; set sleep=true or offload=false"
         )
     for name in CUDA_GRAPHS:
