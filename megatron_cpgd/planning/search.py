@@ -169,13 +169,13 @@ def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
 
 def _turns(planner: Planner) -> Iterator[Overrides]:
     """Engines that sleep while the trainer works, and the trainer's state away meanwhile."""
-    config = planner.config
     if not planner.machine.accelerator:
         return
-    if not config.rollout.sleep:
-        yield {"rollout.sleep": True}
-    if not config.optim.offload:
-        yield {"rollout.sleep": True, "optim.offload": True}
+    sleep: Overrides = {} if planner.config.rollout.sleep else {"rollout.sleep": True}
+    if sleep:
+        yield sleep
+    if not planner.config.optim.offload:
+        yield sleep | {"optim.offload": True}
 
 
 def _engine_gpus(planner: Planner) -> Iterator[Overrides]:

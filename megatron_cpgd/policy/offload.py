@@ -31,14 +31,12 @@ class DeviceState:
         self._kept: list[tuple[UntypedStorage, int]] = []
         self._dropped: list[tuple[UntypedStorage, int]] = []
 
-    @property
-    def is_away(self) -> bool:
-        """Between `offload` and `reload`; nothing may touch the tensors then."""
-        return bool(self._kept)
-
     def offload(self) -> None:
-        """Copy weights and optimizer state to the host and free them; gradients are let go."""
-        if self.is_away:
+        """Copy weights and optimizer state to the host and free them; gradients are let go.
+
+        Nothing may touch the tensors before `reload`.
+        """
+        if self._kept:  # is away
             return
         self._kept = _storages(self._lasting())
         self._dropped = _storages(
@@ -53,7 +51,7 @@ class DeviceState:
             storage.resize_(0)
 
     def reload(self) -> None:
-        """Undo `offload`; the gradients have no values, a step clears them first."""
+        """Undo `offload`, if need be; gradients have no values, a step clears them first."""
         for storage, nbytes in self._kept + self._dropped:
             storage.resize_(nbytes)
         for on_device, on_host in self._pieces():

@@ -31,6 +31,8 @@ def test_the_same_run_can_be_resumed(run_yaml, run_dir):
         "eval.sets.aime.path=x",
         "rewards.timeout_s=1",
         "rollout.step_timeout_s=1",
+        "rollout.sleep=true",
+        "optim.offload=true",
     ],
 )
 def test_what_is_not_learnt_from_may_change(run_yaml, run_dir, override):

@@ -1,6 +1,5 @@
 """Engines that sleep while the trainer works, and its state that is away while they do."""
 
-
 import pytest
 
 from megatron_cpgd.config.load import load_config
