@@ -39,12 +39,11 @@ def sequences(model):
     ("parallel", "precision", "distributed"),
     [
         ({"tp": 2}, "fp32", False),
-        ({"tp": 2}, "bf16", True),
         ({"dp": 2}, "fp32", True),
         ({"dp": 2}, "bf16", False),
         ({"pp": 2, "vpp": 2}, "bf16", True),
     ],
-    ids=["tp2_replicated", "tp2_bf16", "dp2", "dp2_bf16_replicated", "pp2_vpp2_bf16"],
+    ids=["tp2_replicated", "dp2", "dp2_bf16_replicated", "pp2_vpp2_bf16"],
 )
 def test_state_that_was_away_trains_bit_by_bit_as_if_it_had_stayed(
     model, sequences, parallel, precision, distributed, tmp_path
@@ -63,7 +62,7 @@ def test_state_that_was_away_trains_bit_by_bit_as_if_it_had_stayed(
     for result in results:
         assert all(here.optimizer > 0 and left == NOTHING for here, left in result["held"])
     resumed = run_distributed(2, continue_job, plain, sequences, folder)[0]
-    assert resumed["optimizer_steps"] == 3
+    assert torch.equal(resumed["logprobs"], results[0]["trained"])
 
 
 def test_without_the_setting_the_state_stays(model, sequences, tmp_path):

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml as pyyaml
 
 from megatron_cpgd.errors import STOPPED
 from megatron_cpgd.weight_sync.shared_memory import arena_path
-from tests.helpers.full_run import Command, Finished, read_rows, run_cli, write_yaml
+from tests.helpers.full_run import Command, Finished, read_rows, run_cli, settings, write_yaml
 
 SECONDS_TO_END = 60.0
 """From a fault to the end of every process: two on a quiet machine, more where tests pile up."""
@@ -52,10 +51,10 @@ class InterruptedRun:
 
 
 @pytest.fixture(scope="module")
-def interrupted(complete_run, tmp_path_factory) -> InterruptedRun:
+def interrupted(assets, tmp_path_factory) -> InterruptedRun:
     folder = tmp_path_factory.mktemp("interrupted")
     run_dir = folder / "run"
-    content = pyyaml.safe_load(complete_run.yaml.read_text())
+    content = settings(assets)
     content["run"]["dir"] = str(run_dir)
     content["rollout"]["sleep"] = content["optim"]["offload"] = True
     yaml = write_yaml(folder / "run.yaml", content)

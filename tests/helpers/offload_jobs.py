@@ -37,4 +37,9 @@ def away_between_steps_job(
         assert held_bytes(policy) == here
     policy.release()
     write_weights(policy, weights)  # brings it back
-    return {"logprobs": torch.cat(logprobs), "grad_norms": grad_norms, "held": held}
+    return {
+        "logprobs": torch.cat(logprobs),
+        "grad_norms": grad_norms,
+        "held": held,
+        "trained": torch.cat(policy.compute_logprobs(sequences)),
+    }
