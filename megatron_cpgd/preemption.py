@@ -31,6 +31,8 @@ def next_batch(run: Run, step: int, timer: StepTimer) -> ScoredBatch | None:
     if run.batches and batch is None:
         done = run.folder.checkpoint(step - 1).name
         decision = _STOP if run.folder.latest() == done or step == 1 else _SAVE_AND_STOP
+        if run.sampler and run.config.rollout.sleep:
+            run.sampler.engine.close()  # it may still sample, on memory that a save needs
     decision = share_integer(decision)
     if decision == _SAVE_AND_STOP:
         save(run, step - 1)

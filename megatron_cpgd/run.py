@@ -34,6 +34,7 @@ from megatron_cpgd.tracking.console import step_line
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.metrics import MetricsLog
 from megatron_cpgd.tracking.run_folder import RunFolder
+from megatron_cpgd.tracking.timer import StepTimer
 from megatron_cpgd.weight_sync.routes import open_route
 from megatron_cpgd.weight_sync.sync import WeightRoute
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
@@ -108,6 +109,21 @@ def start_run(
         if prompts:
             _restore_rank_0(run, state, stack)
         yield run
+
+
+def take_gpus(run: Run, timer: StepTimer) -> None:
+    """Send engines that share the trainer's GPUs to sleep, and bring the policy back. Collective.
+
+    The next `sync_weights` undoes both.
+    """
+    if not run.config.rollout.sleep:
+        return
+    with timer("sleep"):
+        if run.sampler:
+            run.sampler.engine.sleep()
+        dist.barrier()
+    with timer("reload"):
+        run.policy.reload()
 
 
 def log_step(run: Run, step: int, metrics: dict[str, Any]) -> None:
@@ -195,6 +211,8 @@ def _start_rank_0(
             else start_engine(config, folder.logs / "engine.log")
         )
         stack.callback(engine.close)
+        if config.rollout.sleep:
+            engine.sleep()  # it measures its memory on empty GPUs: the ranks have nothing there yet
     sampler = Sampler(config, prompts, engine)
     stack.callback(sampler.close)
     return prompts, sampler

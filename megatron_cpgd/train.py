@@ -30,7 +30,16 @@ from megatron_cpgd.policy.routing_gap import RoutedPass, measure_routing_gap, ro
 from megatron_cpgd.policy.share import share_sequences
 from megatron_cpgd.preemption import finish_sampling, next_batch, stop_behind
 from megatron_cpgd.rollout.engine import RolloutEngine
-from megatron_cpgd.run import Run, export, log_step, note_skipped, publish, save, start_run
+from megatron_cpgd.run import (
+    Run,
+    export,
+    log_step,
+    note_skipped,
+    publish,
+    save,
+    start_run,
+    take_gpus,
+)
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.stop_request import StopRequest
 from megatron_cpgd.tracking.report import print_report
@@ -66,6 +75,7 @@ def train(
         timer = StepTimer()
         for step in range(run.done + 1, config.run.steps + 1):
             batch = next_batch(run, step, timer)  # a run that is asked to stop ends here, saved
+            take_gpus(run, timer)
             sequences = share_sequences(train_sequences(batch) if batch else None)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
@@ -80,13 +90,20 @@ def train(
             metrics |= batch_metrics(batch, step) if batch else {}
             abandoned = finish_sampling(run, timer, metrics)
             metrics |= guard(run, step, metrics)  # a collapse ends the run or takes it back
-            if not abandoned:
+            saved = _save(run, step, metrics, timer, stops=abandoned)
+            if not abandoned:  # else the engine is gone
                 with timer("sync"):
                     metrics |= sync_weights(run.route, engine, version=step)
-            _finish_step(run, step, batch, metrics, timer, stops=abandoned)
+                if step == config.run.steps or step % config.eval.every == 0:
+                    with timer("eval"):
+                        metrics |= _evaluate(run, step)
+            _finish_step(run, step, batch, metrics, timer)
+            if saved:
+                publish(run, step)
             if abandoned:
                 stop_behind(run, step)
         if run.done == config.run.steps:  # no step was left, only the export is missing
+            take_gpus(run, timer)
             export(run, run.done)
         if run.metrics:
             print_report(run.folder, predicted_and_measured(run.folder))
@@ -244,25 +261,14 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _finish_step(
-    run: Run,
-    step: int,
-    batch: ScoredBatch | None,
-    metrics: dict[str, Any],
-    timer: StepTimer,
-    *,
-    stops: bool,
-) -> None:
-    """Evaluate, save, export and write down what the step was.
+def _save(run: Run, step: int, metrics: dict[str, Any], timer: StepTimer, *, stops: bool) -> bool:
+    """Save and export when due, before the engine takes the GPUs; returns whether it was saved.
 
     Args:
-        stops: the engine is gone; save only.
+        stops: the run ends behind this step.
     """
     last = step == run.config.run.steps
     checkpoint = run.config.checkpoint
-    if not stops and (last or step % run.config.eval.every == 0):
-        with timer("eval"):
-            metrics |= _evaluate(run, step)
     saves = last or stops or step % checkpoint.every == 0 or ROLLED_BACK_TO in metrics
     if saves:
         with timer("checkpoint"):
@@ -270,6 +276,13 @@ def _finish_step(
     if last or (checkpoint.export_every and step % checkpoint.export_every == 0):
         with timer("export"):
             export(run, step)
+    return saves
+
+
+def _finish_step(
+    run: Run, step: int, batch: ScoredBatch | None, metrics: dict[str, Any], timer: StepTimer
+) -> None:
+    """Write down what the step was."""
     if batch:
         _write_rollouts(run, step, batch)
     seconds = timer.finish_step()
@@ -279,8 +292,6 @@ def _finish_step(
     if batch and run.rates:
         metrics |= run.rates.metrics(_lengths(batch), seconds)
     log_step(run, step, metrics | seconds)
-    if saves:
-        publish(run, step)
 
 
 def _lengths(batch: ScoredBatch) -> list[int]:

@@ -13,6 +13,7 @@ from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS, check_algorithm
 from megatron_cpgd.config.fp8_checks import check_fp8_switches
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.model_folder import check_model_config, check_model_folder
+from megatron_cpgd.config.rollout_checks import check_rollout
 from megatron_cpgd.config.schema import (
     MACHINES,
     ExactMatchReward,
@@ -20,7 +21,6 @@ from megatron_cpgd.config.schema import (
     FormatReward,
     MathReward,
     PythonReward,
-    RolloutConfig,
 )
 from megatron_cpgd.config.stability import StabilityConfig
 
@@ -47,6 +47,7 @@ def check_settings(config: ExperimentConfig) -> list[str]:
     """The problems that are none of files, of the model or of this machine."""
     return [
         *check_algorithm(config),
+        *check_rollout(config),
         *_router(config),
         *_inert_switches(config),
         *_inert_stability(config),
@@ -79,42 +80,7 @@ def check_passthrough(
 
 
 def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
-    rollout, optim, parallel = config.rollout, config.optim, config.parallel
-    if rollout.logprob_diff_limit is not None and (rollout.top_p < 1 or rollout.top_k != -1):
-        yield (
-            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} compares full distributions, "
-            f"but rollout.top_p={rollout.top_p} and rollout.top_k={rollout.top_k} truncate the "
-            "engine's; set top_p=1 and top_k=-1, or logprob_diff_limit=null"
-        )
-    if rollout.logprob_diff_limit is not None and rollout.staleness > 0:
-        yield (
-            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} expects trainer and engine "
-            f"to hold the same weights, but rollout.staleness={rollout.staleness} compares "
-            "different ones; set logprob_diff_limit=null or staleness=0"
-        )
-    if rollout.logprob_diff_limit is not None and rollout.piece_tokens is not None:
-        yield (
-            f"rollout.logprob_diff_limit={rollout.logprob_diff_limit} expects trainer and engine "
-            "to hold the same weights, but with rollout.piece_tokens some tokens come from older "
-            "ones; set one of them to null"
-        )
-    yield from _piece_problems(rollout)
-    if rollout.overlap and rollout.staleness == 0:
-        yield (
-            "rollout.overlap=true does nothing: with rollout.staleness=0 every batch is sampled by "
-            "the weights of the step before; set staleness to at least 1, or overlap=false"
-        )
-    yield from _engine_problems(rollout)
-    if rollout.sync == "in_place" and rollout.nodes > 0:
-        yield (
-            "rollout.sync=in_place reads the memory of the trainer's first node, but "
-            f"rollout.nodes={rollout.nodes} puts the engines elsewhere; set sync=arena or nodes=0"
-        )
-    if rollout.sync == "in_place" and not optim.distributed:
-        yield (
-            "rollout.sync=in_place needs the weights in a few buffers, which Megatron has with "
-            "optim.distributed=true only; set that, or rollout.sync=arena"
-        )
+    optim, parallel = config.optim, config.parallel
     if parallel.vpp > 1 and parallel.pp == 1:
         yield (
             f"parallel.vpp={parallel.vpp} needs a pipeline, but parallel.pp=1; "
@@ -152,47 +118,6 @@ def _inert_switches(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"tracking.routing_every={every} does nothing: the first measurement is that of step "
             f"{every}, and run.steps={steps}; set routing_every <= {steps}"
-        )
-
-
-def _engine_problems(rollout: RolloutConfig) -> Iterator[str]:
-    devices, nodes = rollout.devices, rollout.nodes
-    if nodes and rollout.engines % nodes:
-        yield (
-            f"rollout.engines={rollout.engines}: expected a multiple of rollout.nodes={nodes}, as "
-            "every node has as many engines; change one of them"
-        )
-    elif devices is not None and (not devices or len(devices) % rollout.engines_per_node):
-        share = f"rollout.engines={rollout.engines}" + (f" / rollout.nodes={nodes}" * (nodes > 0))
-        yield (
-            f"rollout.devices={devices}: expected a multiple of {share}, got {len(devices)}; every "
-            "engine takes as many"
-        )
-    if nodes and rollout.sleep:
-        yield (
-            f"rollout.sleep=true does nothing: with rollout.nodes={nodes} engines have GPUs of "
-            "their own; set sleep=false"
-        )
-
-
-def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:
-    piece, groups = rollout.piece_tokens, rollout.groups_in_flight
-    if piece is None:
-        if groups is not None:
-            yield (
-                f"rollout.groups_in_flight={groups} does nothing: without rollout.piece_tokens "
-                "every step samples its own prompts; set piece_tokens or remove it"
-            )
-        return
-    if rollout.max_response_tokens % piece or piece == rollout.max_response_tokens:
-        yield (
-            f"rollout.piece_tokens={piece}: expected a proper divisor of "
-            f"rollout.max_response_tokens={rollout.max_response_tokens}"
-        )
-    if groups is not None and groups < rollout.prompts_per_step:
-        yield (
-            f"rollout.groups_in_flight={groups} must be >= rollout.prompts_per_step="
-            f"{rollout.prompts_per_step}"
         )
 
 

@@ -19,6 +19,8 @@ MAY_CHANGE = (
     "rewards.workers",
     "rewards.timeout_s",
     "rollout.sync",
+    "rollout.sleep",
+    "optim.offload",
     "rollout.start_timeout_s",
     "rollout.step_timeout_s",
 )

@@ -170,8 +170,8 @@ class RolloutConfig(Config):
     """Nodes with engines only, beside those of the trainer; they take equal shares of `engines`.
     0: the engines are on the first node of the trainer."""
     sleep: bool = False
-    """Engines give their GPU memory back while the trainer works, and take it again to sample. For
-    engines on GPUs of the trainer."""
+    """Engines give their GPU memory back while the trainer works, and take it again for the weights
+    of a step. For engines on GPUs of the trainer. See architecture.md; on CPU nothing is freed."""
     sync: Literal["arena", "in_place"] = "arena"
     """How new weights reach the engines: `arena` writes all of them to a file in shared memory;
     with `in_place` the engines read the trainer's memory, which needs no copy, but the ranks on the
@@ -269,6 +269,9 @@ class OptimConfig(Config):
     """Bound of the global gradient norm."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    offload: bool = False
+    """With `rollout.sleep`: keep weights and optimizer state in pinned host memory while the engine
+    works, so that it has the GPUs for itself. Changes no bit of the training."""
 
 
 class BatchConfig(Config):

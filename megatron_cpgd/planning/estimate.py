@@ -1,6 +1,7 @@
 """The whole prediction of one run: memory, seconds of a step, and whether it fits."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.planning.generation import GenerationSeconds, generation_seconds
@@ -27,6 +28,8 @@ class StepSeconds:
 
     generate: float
     """What the trainer waits for sampling."""
+    reload: float
+    """With `optim.offload`: weights and optimizer state back to the GPU."""
     old_logprobs: float
     ref_logprobs: float
     train: float
@@ -36,9 +39,24 @@ class StepSeconds:
     @property
     def total(self) -> float:
         return (
-            self.generate + self.old_logprobs + self.ref_logprobs + self.train + self.sync
-            + self.other
+            self.generate + self.reload + self.old_logprobs + self.ref_logprobs + self.train
+            + self.sync + self.other
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Bytes of one GPU that trainer and engine fill at the same time."""
+
+    phase: Literal["training", "sampling"]
+    """Training stands for all that the trainer does, and for everything if no engine sleeps."""
+    rank: RankMemory
+    trainer: int
+    engine: int
+
+    @property
+    def total(self) -> int:
+        return self.trainer + self.engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +83,47 @@ class Plan:
 
     @property
     def worst(self) -> RankMemory:
-        """The rank that needs most, beside the engine if that stays on its GPU."""
+        """The rank that needs most while it trains, beside what the engine has on its GPU."""
         return max(self.stages, key=lambda stage: stage.total + self.beside(stage.stage))
+
+    @property
+    def fullest(self) -> Share:
+        """The GPU of a rank that is fullest, and when."""
+        training = Share(
+            phase="training", rank=self.worst, trainer=self.worst.total,
+            engine=self.beside(self.worst.stage),
+        )  # fmt: skip
+        return max((training, self.sampling or training), key=lambda share: share.total)
+
+    @property
+    def sampling(self) -> Share | None:
+        """The GPU that is fullest while engines sample that sleep otherwise; None: none does.
+
+        A sync takes no more: they wake when the policy has left, and it writes while they sleep.
+        """
+        shares = [
+            Share(
+                phase="sampling", rank=rank, trainer=rank.idle, engine=count * self.engine.claimed
+            )
+            for rank in self.stages
+            if self.workload.engine.sleeps and (count := self.engines_beside(rank.stage))
+        ]
+        return max(shares, key=lambda share: share.total, default=None)
 
     def beside(self, stage: int) -> int:
         """Bytes of the engine on the GPUs of a stage's ranks, while the trainer works."""
+        asleep = self.workload.engine.sleeps
+        claimed = self.machine.efficiency.sleeping_engine if asleep else self.engine.claimed
+        return self.engines_beside(stage) * claimed
+
+    def engines_beside(self, stage: int) -> int:
+        """Engines on the GPU of a stage's rank that has most of them."""
         engine = self.workload.engine
-        if engine.sleeps or not self.machine.accelerator:
+        if not self.machine.accelerator:
             return 0
         per_stage = self.layout.world_size // self.layout.pp
         end = min((stage + 1) * per_stage, self.machine.gpus_per_node)
-        load = max((engine.on_gpu(gpu) for gpu in range(stage * per_stage, end)), default=0)
-        return load * self.engine.claimed
+        return max((engine.on_gpu(gpu) for gpu in range(stage * per_stage, end)), default=0)
 
     @property
     def gpus(self) -> int:
@@ -125,7 +172,7 @@ def estimate(
             model, layout, trainer, engine, machine,
             batch_tokens=workload.tokens, routes=workload.routes,
         ),
-        seconds=_step_seconds(model, layout, machine, workload, generation, training),
+        seconds=_step_seconds(model, layout, machine, workload, stages, generation, training),
         generation=generation,
         training=training,
         problems=(),
@@ -139,7 +186,7 @@ def estimate(
 
 def _step_seconds(
     model: Model, layout: Layout, machine: Machine, workload: Workload,
-    generation: GenerationSeconds, training: PassSeconds,
+    stages: tuple[RankMemory, ...], generation: GenerationSeconds, training: PassSeconds,
 ) -> StepSeconds:  # fmt: skip
     passes = workload.trainer.passes
     batch = replace(workload.batch, micro_tokens=workload.logprob_micro_tokens)
@@ -150,12 +197,16 @@ def _step_seconds(
         reference = forward + 4 * shard / machine.pcie
     old_logprobs = workload.forward_passes * forward
     hidden = old_logprobs + reference + training.total if workload.overlap else 0.0
+    moved = 0.0
+    if workload.trainer.offloads:
+        moved = max(stage.weights + stage.optimizer for stage in stages) / machine.pcie
     return StepSeconds(
         generate=max(generation.total - hidden, 0.0),
+        reload=moved,
         old_logprobs=old_logprobs,
         ref_logprobs=reference,
         train=training.total,
-        sync=_sync_seconds(model, machine, workload.engine),
+        sync=_sync_seconds(model, machine, workload.engine) + moved,
         other=machine.efficiency.other_s,
     )
 
@@ -200,14 +251,13 @@ def _problems(plan: Plan) -> list[str]:
         )
     if not machine.accelerator:
         return problems + _cpu_problems(plan)
-    worst = plan.worst
-    needed = worst.total + plan.beside(worst.stage)
-    if needed > machine.usable_memory:
-        beside = plan.beside(worst.stage)
-        shared = f", {gib(beside)} of them the engine's" if beside else ""
+    share = plan.fullest
+    if share.total > machine.usable_memory:
+        beside = f", {gib(share.engine)} of them the engine's" if share.engine else ""
+        when = f" while {share.phase}" if engine.sleeps else ""
         problems.append(
-            f"GPU memory: a rank of stage {worst.stage} needs {gib(needed)}{shared}; of a GPU "
-            f"{gib(machine.usable_memory)} may be filled"
+            f"GPU memory{when}: a rank of stage {share.rank.stage} needs {gib(share.total)}{beside}"
+            f"; of a GPU {gib(machine.usable_memory)} may be filled"
         )
     requests = plan.workload.requests
     longest = requests.longest + requests.prompt_tokens

@@ -59,6 +59,8 @@ class Efficiency:
     """Seconds of a step that are in no formula: rewards, bookkeeping."""
     rank_memory: int = 3 * GIB
     """Of each rank, in no formula: context, communicators, workspaces of libraries."""
+    sleeping_engine: int = 2 * GIB
+    """Of an engine that sleeps, on each of its GPUs: context, communicators, CUDA graphs."""
     fragmentation: float = 0.05
     """Share of activations that the allocator loses."""
     usable: float = 0.95

@@ -39,6 +39,9 @@ class RankMemory:
     """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
     """Context, communicators and workspaces, and what the allocator loses."""
+    leaves: int
+    """Of all this, what is gone while engines that sleep otherwise are awake: what only passes
+    need, and with `optim.offload` the state."""
 
     @property
     def total(self) -> int:
@@ -46,6 +49,11 @@ class RankMemory:
             self.weights + self.gradients + self.optimizer + self.activations + self.working
             + self.reference + self.mapped + self.overhead
         )  # fmt: skip
+
+    @property
+    def idle(self) -> int:
+        """Bytes while engines that sleep otherwise are awake."""
+        return self.total - self.leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +79,15 @@ class HostMemory:
     """All weights in shared memory, between trainer and engine."""
     reference: int
     """The pinned shards of its ranks."""
+    offload: int
+    """Pinned too: their weights and optimizer state, kept while the trainer works."""
     batch: int
     """Tokens and routes of a step, on every rank."""
     processes: int
 
     @property
     def total(self) -> int:
-        return self.arena + self.reference + self.batch + self.processes
+        return self.arena + self.reference + self.offload + self.batch + self.processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +100,8 @@ class TrainerSettings:
     """Of the largest micro-batch with gradient."""
     chunk_tokens: int
     reference: bool
+    offloads: bool = False
+    """Weights and optimizer state are on the host while the engines work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +119,7 @@ class EngineSettings:
     devices: tuple[int, ...] | None = None
     """GPUs of the first host that the engines take in equal shares; None: each takes the first."""
     sleeps: bool = False
-    """Gives its memory back while the trainer works. Those of this version do not."""
+    """Gives its memory back while the trainer works."""
     in_place: bool = False
     """Reads the weights in the trainer's memory: there is no arena."""
 
@@ -142,10 +154,12 @@ def rank_memory(
     if not machine.accelerator:  # rank 0 reads the whole arena to sum it
         mapped = passes.element * model.parameters + state.weights
     lost = machine.efficiency.fragmentation * (activations + working)
+    away = state.total if settings.offloads else 0
     return RankMemory(
         stage=stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer,
         activations=int(activations), working=int(working), reference=reference, mapped=mapped,
         overhead=int(machine.efficiency.rank_memory + lost),
+        leaves=int(activations + working + lost) + away,
     )  # fmt: skip
 
 
@@ -177,12 +191,15 @@ def host_memory(
         routes: the routes of every token are kept.
     """
     ranks = min(layout.world_size, machine.gpus_per_node)
-    weights = max(
+    states = [
         state_bytes(
-            model, layout, stage, precision=settings.passes.precision, distributed=False
-        ).weights
+            model, layout, stage,
+            precision=settings.passes.precision, distributed=settings.distributed_optimizer,
+        )
         for stage in range(layout.pp)
-    )
+    ]  # fmt: skip
+    weights = max(state.weights for state in states)
+    kept = max(state.weights + state.optimizer for state in states) if settings.offloads else 0
     route_bytes = 2 * len(model.decoder.moe_layers) * model.top_k if routes else 0
     held = machine.accelerator and settings.reference  # else it is counted with the rank
     workers = min(engine.tp * engine.engines, machine.gpus_per_node)
@@ -190,6 +207,7 @@ def host_memory(
     return HostMemory(
         arena=0 if engine.in_place else BYTES[engine.precision] * model.parameters,
         reference=weights * ranks if held else 0,
+        offload=kept * ranks,
         batch=batch_tokens * (TOKEN_RECORD + route_bytes) * ranks,
         processes=processes,
     )

@@ -16,7 +16,7 @@ from megatron_cpgd.tracking.metrics import read_metrics
 from megatron_cpgd.tracking.run_folder import RunFolder
 from megatron_cpgd.weights.hf_checkpoint import read_config as read_model_config
 
-PHASES = ("generate", "old_logprobs", "ref_logprobs", "train", "sync", "other")
+PHASES = ("generate", "reload", "old_logprobs", "ref_logprobs", "train", "sync", "other")
 """Fields of `StepSeconds`; measured as `time/<phase>_s`."""
 
 
@@ -124,8 +124,11 @@ def format_outcome(outcome: Outcome) -> list[str]:
 
 
 def _phase_s(row: Mapping[str, Any], phase: str) -> float:
-    """Rewards are in no formula and count as the rest; waiting for sampling counts as sampling."""
-    more = {"other": "time/score_s", "generate": "time/wait_s"}.get(phase, "")
+    """Rewards are in no formula and count as the rest; waiting for sampling counts as sampling, and
+    for engines to fall asleep as what they make room for."""
+    more = {
+        "other": "time/score_s", "generate": "time/wait_s", "reload": "time/sleep_s"
+    }.get(phase, "")  # fmt: skip
     return float(row.get(f"time/{phase}_s", 0.0)) + float(row.get(more, 0.0))
 
 

@@ -54,8 +54,9 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
         "layout": asdict(plan.layout),
         "tokens": plan.workload.tokens,
         "memory": {
-            "worst_stage": plan.worst.stage,
-            "worst_bytes": plan.worst.total + plan.beside(plan.worst.stage),
+            "worst_stage": plan.fullest.rank.stage,
+            "worst_phase": plan.fullest.phase,
+            "worst_bytes": plan.fullest.total,
             "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
             "engine": asdict(plan.engine),
             "host": asdict(plan.host) | {"total": plan.host.total},
@@ -105,6 +106,9 @@ def _memory(plan: Plan) -> str:
     rows = [["memory", f"stage {worst.stage}, the worst"]]
     rows += [[name, gib(size)] for name, size in parts.items() if size]
     rows.append(["total", f"{gib(worst.total + beside)} of {gib(plan.machine.memory)}"])
+    if sampling := plan.sampling:
+        engines = f", {gib(sampling.engine)} of them the engine's"
+        rows.append(["total, sampling", f"{gib(sampling.total)}{engines}"])
     others = [stage for stage in plan.stages if stage.stage != worst.stage]
     if others:
         low, high = min(others, key=_total), max(others, key=_total)
@@ -156,7 +160,7 @@ def _count(parameters: int) -> str:
 
 
 def _peak(plan: Plan) -> int:
-    return plan.worst.total + plan.beside(plan.worst.stage)
+    return plan.fullest.total
 
 
 def _total(stage: RankMemory) -> int:

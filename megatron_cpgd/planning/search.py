@@ -12,7 +12,7 @@ from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.planning.estimate import Plan, make_plan
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.model import Model
-from megatron_cpgd.planning.workload import Lengths
+from megatron_cpgd.planning.workload import VLLM_UTILIZATION, Lengths
 
 type Overrides = dict[str, Any]
 """Dotted setting -> value, as on the command line."""
@@ -138,7 +138,7 @@ def with_overrides(config: ExperimentConfig, overrides: Overrides) -> Experiment
 def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
     """Single changes, cheapest in speed first."""
     config, sizes = planner.config, planner.config.parallel
-    changes: list[Overrides] = list(_engine_gpus(planner))
+    changes: list[Overrides] = [*_turns(planner), *_engine_gpus(planner)]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     least = max(LEAST_MICRO_TOKENS, longest)
     tokens = config.batch.tokens_per_micro_batch
@@ -165,6 +165,17 @@ def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
         if engine <= planner.machine.gpus_per_node:
             changes.append({"rollout.engine_args.tensor_parallel_size": engine})
     return changes
+
+
+def _turns(planner: Planner) -> Iterator[Overrides]:
+    """Engines that sleep while the trainer works, and the trainer's state away meanwhile."""
+    if not planner.machine.accelerator:
+        return
+    sleep: Overrides = {} if planner.config.rollout.sleep else {"rollout.sleep": True}
+    if sleep:
+        yield sleep
+    if not planner.config.optim.offload:
+        yield sleep | {"optim.offload": True}
 
 
 def _engine_gpus(planner: Planner) -> Iterator[Overrides]:
@@ -218,12 +229,20 @@ def _layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
 
 
 def _engines(planner: Planner) -> Iterator[Overrides]:
-    """The engine as it is, and cut over more GPUs of a node."""
-    size = int(planner.config.rollout.engine_args.get("tensor_parallel_size") or 1)
-    yield {}
-    while planner.machine.accelerator and 2 * size <= planner.machine.gpus_per_node:
+    """The engine as it is, and cut over more GPUs of a node; each time also asleep in between, with
+    as much of the memory as vLLM takes at most."""
+    config = planner.config
+    size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1)
+    turns = {"rollout.sleep": True, "optim.offload": True, UTILIZATION: VLLM_UTILIZATION}
+    engine: Overrides = {}
+    while True:
+        yield engine
+        if planner.machine.accelerator:
+            yield engine | turns
         size *= 2
-        yield {"rollout.engine_args.tensor_parallel_size": size}
+        if not planner.machine.accelerator or size > planner.machine.gpus_per_node:
+            return
+        engine = {"rollout.engine_args.tensor_parallel_size": size}
 
 
 def _memory_settings(config: ExperimentConfig) -> Iterator[Overrides]:
@@ -239,9 +258,13 @@ def _memory_settings(config: ExperimentConfig) -> Iterator[Overrides]:
 def _engine_share(plan: Plan) -> float | None:
     """Share of the GPU that ranks leave to an engine, if it stays on theirs."""
     engine, machine = plan.workload.engine, plan.machine
-    if not plan.machine.accelerator or engine.sleeps or engine.cache_bytes is not None:
+    if not plan.machine.accelerator or engine.cache_bytes is not None:
         return None
-    shared = [stage.total for stage in plan.stages if plan.beside(stage.stage)]
+    shared = [
+        stage.idle if engine.sleeps else stage.total
+        for stage in plan.stages
+        if plan.engines_beside(stage.stage)
+    ]
     room = machine.usable_memory - max(shared, default=0)
     together = max(engine.on_gpu(gpu) for gpu in range(machine.gpus_per_node))
     share = math.floor(100 * room / machine.memory / max(together, 1)) / 100

@@ -16,7 +16,7 @@ RESPONSE_SHARE = 0.5
 """Assumed mean length of a response, as a share of the longest allowed."""
 PROMPT_SHARE = 0.5
 """The same of prompts."""
-UTILIZATION = 0.92
+VLLM_UTILIZATION = 0.92
 """vLLM's own default of gpu_memory_utilization (vllm/config/cache.py, 0.25)."""
 MAX_SEQUENCES = {True: 1024, False: 256}
 """Sequences that the engine decodes together: vLLM's default on large GPUs, ours on CPU."""
@@ -96,6 +96,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
             micro_tokens=micro_tokens,
             chunk_tokens=batch.logprob_chunk_tokens,
             reference=config.reference_path is not None,
+            offloads=config.optim.offload,
         ),
         engine=_engine_settings(config, machine),
         batch=Batch(
@@ -120,10 +121,11 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
     return EngineSettings(
         tp=int(given.get("tensor_parallel_size") or 1),
         precision="fp32" if config.precision.engine_weights == "fp32" else "bf16",  # FP8 as bf16
-        utilization=float(given.get("gpu_memory_utilization") or UTILIZATION),
+        utilization=float(given.get("gpu_memory_utilization") or VLLM_UTILIZATION),
         max_sequences=int(given.get("max_num_seqs") or MAX_SEQUENCES[machine.accelerator]),
         cache_bytes=int(cache) if cache is not None else None,
         engines=config.rollout.engines,
         devices=tuple(config.rollout.devices) if config.rollout.devices else None,
         in_place=config.rollout.sync == "in_place",
+        sleeps=config.rollout.sleep,
     )

@@ -20,6 +20,7 @@ from megatron_cpgd.policy import device
 from megatron_cpgd.policy.checkpoint import load_checkpoint, save_checkpoint
 from megatron_cpgd.policy.logprobs import LogprobSettings
 from megatron_cpgd.policy.model import build_chunks, wrap_precision
+from megatron_cpgd.policy.offload import DeviceState
 from megatron_cpgd.policy.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -107,6 +108,8 @@ class Policy:
         load_hf_weights(self._chunks, table, checkpoint, info)
         self._models = wrap_data_parallel(transformer, config.optim, wrapped)
         self._optimizer = build_optimizer(transformer, config.optim, self._models)
+        self._state = DeviceState(self._models, self._optimizer)
+        self._shares_gpus, self._offloads = config.rollout.sleep, config.optim.offload
         spreads_experts = info.ep_size * info.etp_size > 1
         self._schedule = Schedule(
             models=list(self._models),
@@ -308,12 +311,30 @@ class Policy:
         with self._routers.comparing(routes) as (forward_context, self._comparison):
             yield [forward_context]
 
+    def release(self) -> None:
+        """Leave the GPUs to engines that share them; on return all ranks have done so.
+
+        Cached memory goes, and with `optim.offload` the state, until `reload`.
+        """
+        if not self._shares_gpus:
+            return
+        if self._offloads:
+            self._state.offload()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        dist.barrier()
+
+    def reload(self) -> None:
+        """Bring back what `release` took off the device; all engines must sleep by then."""
+        self._state.reload()
+
     def write_weights(self, view: Callable[[str], Tensor] | None) -> None:
         """Write the model into full Hugging Face tensors; on return all ranks have written.
 
         Args:
             view: None on ranks that do not share rank 0's host.
         """
+        self.reload()
         write_hf_weights(self._chunks, self._table, self.info, view)
 
     def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
@@ -333,6 +354,7 @@ class Policy:
         Args:
             files: of rank 0, to be laid beside them: name -> content.
         """
+        self.reload()
         steps = {
             "optimizer_steps": self.optimizer_steps,
             "updates": self.updates,
@@ -348,6 +370,7 @@ class Policy:
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; returns its trainer state."""
+        self.reload()
         state = load_checkpoint(path, self._chunks, self._optimizer)
         self.optimizer_steps, self.updates = state["optimizer_steps"], state["updates"]
         self.lr_scale = state.get("lr_scale", 1.0)

@@ -75,7 +75,7 @@ class RolloutEngine(Protocol):
         Raises:
             RolloutError: a prompt does not fit the model, the engine holds another version, it
                 cannot return routes or they are wrong, or it died or did not answer in time.
-            WeightSyncError: the last refresh failed, or it was started without weights.
+            WeightSyncError: the last refresh failed, it was started without weights, or it sleeps.
         """
         ...
 
@@ -91,6 +91,16 @@ class RolloutEngine(Protocol):
         Raises:
             WeightSyncError: the arena does not fit the model, or loading broke off.
             RolloutError: the engine died or did not answer in time.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the GPU memory back, weights included; the next refresh takes it again.
+
+        Until then the engine generates nothing. Asleep it stays asleep.
+
+        Raises:
+            RolloutError: the engine was not started for that, died or did not answer in time.
         """
         ...
 

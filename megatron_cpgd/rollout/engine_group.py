@@ -61,6 +61,10 @@ class EngineGroup:
                 )
         return max(reports, key=lambda report: report.seconds)
 
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._on_all(lambda i: self._engines[i].sleep())
+
     def close(self) -> None:
         """See RolloutEngine.close."""
         for engine in self._engines:

@@ -25,6 +25,8 @@ class Launch(msgspec.Struct, kw_only=True):
     trust_remote_code: bool
     return_routes: bool
     """Be able to fill `Rollout.routes`."""
+    sleeps: bool
+    """Be able to sleep."""
     engine_args: dict[str, Any]
     """Fields of vLLM's EngineArgs."""
 
@@ -43,6 +45,10 @@ class Refresh(msgspec.Struct, tag=True, kw_only=True):
 
     arena: str
     version: int
+
+
+class Sleep(msgspec.Struct, tag=True):
+    """Asks for `Asleep`."""
 
 
 class Close(msgspec.Struct, tag=True):
@@ -67,6 +73,10 @@ class Refreshed(msgspec.Struct, tag=True, kw_only=True):
     digest: str
 
 
+class Asleep(msgspec.Struct, tag=True):
+    """The GPU memory is given back, until a refresh."""
+
+
 class Failed(msgspec.Struct, tag=True, kw_only=True):
     """The request was refused or broke off."""
 
@@ -74,5 +84,5 @@ class Failed(msgspec.Struct, tag=True, kw_only=True):
     message: str
 
 
-Request = Generate | Refresh | Close
-Response = Ready | Generated | Refreshed | Failed
+Request = Generate | Refresh | Sleep | Close
+Response = Ready | Generated | Refreshed | Asleep | Failed

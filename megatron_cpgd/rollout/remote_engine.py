@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling
 from megatron_cpgd.rollout.engine_group import EngineGroup
 from megatron_cpgd.rollout.engine_nodes import EngineNodes, as_error
@@ -68,6 +69,10 @@ class RemoteEngine:
             nbytes=receipt.nbytes,
             digest=receipt.digest,
         )
+
+    def sleep(self) -> None:
+        """Raises RolloutError: there is no trainer on its GPUs that needs them."""
+        raise RolloutError("an engine of an engine node does not sleep")
 
     def close(self) -> None:
         """Lets all engines of all nodes go."""

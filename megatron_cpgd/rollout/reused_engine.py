@@ -42,6 +42,10 @@ class ReusedEngine:
         self._latest = self._first + version
         return self._engine.refresh(arena, self._latest)
 
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._engine.sleep()
+
     def close(self) -> None:
         """End the engine."""
         self._engine.close()

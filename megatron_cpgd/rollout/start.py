@@ -114,5 +114,6 @@ def _start(
         seed=config.run.seed,
         trust_remote_code=config.model.trust_remote_code,
         return_routes=config.needs_rollout_routes,
+        sleeps=rollout.sleep,
         devices=devices,
     )

@@ -70,6 +70,10 @@ class TransformersEngine:
         """Raises RolloutError: this engine checks one folder."""
         raise RolloutError("the transformers engine cannot take new weights")
 
+    def sleep(self) -> None:
+        """Raises RolloutError: this engine takes no weights, so it cannot give them up."""
+        raise RolloutError("the transformers engine cannot sleep")
+
     def close(self) -> None:
         """Let the weights go."""
         self._model = None

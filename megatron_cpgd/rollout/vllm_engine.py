@@ -21,6 +21,7 @@ import zmq
 from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling
 from megatron_cpgd.rollout.messages import (
+    Asleep,
     Close,
     Failed,
     Generate,
@@ -31,6 +32,7 @@ from megatron_cpgd.rollout.messages import (
     Refreshed,
     Request,
     Response,
+    Sleep,
 )
 from megatron_cpgd.types import Rollout
 
@@ -81,6 +83,7 @@ class VllmEngine:
         seed: int,
         trust_remote_code: bool = False,
         return_routes: bool = False,
+        sleeps: bool = False,
         devices: list[int] | None = None,
     ) -> None:
         """Start the process and return at once; it loads the model meanwhile.
@@ -94,6 +97,7 @@ class VllmEngine:
             log_path: where the process writes; None keeps it in a temporary file.
             seed: for requests without a seed of their own.
             return_routes: accept `Sampling.return_routes`; costs memory and time even if unused.
+            sleeps: accept `sleep`.
             devices: CUDA devices of the engine, numbered as this process sees them; None: all.
         """
         self._calling = threading.Lock()
@@ -119,6 +123,7 @@ class VllmEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 return_routes=return_routes,
+                sleeps=sleeps,
                 engine_args=engine_args,
             ),
             devices,
@@ -180,6 +185,10 @@ class VllmEngine:
             nbytes=receipt.nbytes,
             digest=receipt.digest,
         )
+
+    def sleep(self) -> None:
+        """See RolloutEngine.sleep."""
+        self._call(Sleep(), Asleep, "falling asleep")
 
     def close(self) -> None:
         """See RolloutEngine.close."""

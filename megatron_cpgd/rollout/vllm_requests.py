@@ -11,6 +11,7 @@ from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_cpgd.rollout import vllm_compat
 from megatron_cpgd.rollout.engine import check_prompts, stream_seeds
 from megatron_cpgd.rollout.messages import (
+    Asleep,
     Failed,
     Generate,
     Generated,
@@ -18,6 +19,7 @@ from megatron_cpgd.rollout.messages import (
     Refresh,
     Refreshed,
     Response,
+    Sleep,
 )
 from megatron_cpgd.rollout.routes import pack_moe_layers
 from megatron_cpgd.types import Rollout, RouteLayout
@@ -71,6 +73,8 @@ def build_llm(launch: Launch) -> LLM:
         "generation_config": "vllm",
         "worker_extension_cls": "megatron_cpgd.rollout.worker_extension.WorkerExtension",
         "enable_return_routed_experts": launch.return_routes,
+        # On CPU vLLM refuses it; there its `sleep` frees nothing, the rest is the same.
+        "enable_sleep_mode": launch.sleeps and not vllm_compat.runs_on_cpu(),
     }
     if vllm_compat.runs_on_cpu() and vllm_compat.has_latent_attention(
         launch.model_dir, trust_remote_code=launch.trust_remote_code
@@ -178,15 +182,22 @@ class Engine:
         """Why nothing is generated until a refresh succeeds."""
         if launch.dtype == "fp8_block":
             self.unusable = "the engine has no weights yet: FP8 weights come with a refresh"
+        self.sleeps = launch.sleeps
+        """Whether it may be sent to sleep."""
+        self.asleep = False
         self.broken = False
         """vLLM raised an unforeseen error: its scheduler may be stuck, the process has to end."""
 
-    def answer(self, request: Generate | Refresh) -> Response:
+    def answer(self, request: Generate | Refresh | Sleep) -> Response:
         """Carry out one request; errors become part of the answer."""
         try:
-            if isinstance(request, Refresh):
-                return self.refresh(request)
-            return self.generate(request)
+            match request:
+                case Generate():
+                    return self.generate(request)
+                case Refresh():
+                    return self.refresh(request)
+                case Sleep():
+                    return self.sleep()
         except RolloutError as error:
             return Failed(kind="rollout", message=f"{error}")
         except WeightSyncError as error:
@@ -237,10 +248,24 @@ class Engine:
         self.version, self.unusable = request.version, None
         return receipt
 
+    def sleep(self) -> Asleep:
+        """See RolloutEngine.sleep."""
+        if not self.sleeps:
+            raise RolloutError("asked to sleep, the engine was started without rollout.sleep")
+        if not self.asleep:
+            # Level 1 would keep a copy of weights on the host that the next refresh replaces.
+            self.llm.sleep(level=2)
+            self.asleep = True
+        self.unusable = "the engine sleeps and has no weights; refresh it first"
+        return Asleep()
+
     def _load(self, request: Refresh) -> Refreshed:
         where = f"weight refresh from version {self.version} to {request.version}"
         if request.version < self.version:
             raise WeightSyncError(f"{where}: versions only grow")
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
         receipts = self.llm.collective_rpc("cpgd_refresh", args=(request.arena,))
         errors = [receipt["error"] for receipt in receipts if "error" in receipt]
         if errors:

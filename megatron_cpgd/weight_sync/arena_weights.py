@@ -20,6 +20,9 @@ class WeightWriter(Protocol):
     def write_weights(self, view: TensorView | None) -> None:
         """Write this rank's share of the full HF tensors and wait for the others."""
 
+    def release(self) -> None:
+        """Leave the GPUs to the engines, if they share them, and wait for the others."""
+
 
 class ArenaWeights:
     """A WeightRoute."""
@@ -37,6 +40,7 @@ class ArenaWeights:
         self._policy.write_weights(self._arena.view if self._arena else None)
         if self._arena:
             self._arena.complete()
+        self._policy.release()  # the engines read the arena, so they may wake without the policy
         if not report:
             return None
         assert self._arena is not None, "rank 0 has an arena"

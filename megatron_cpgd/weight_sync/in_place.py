@@ -41,6 +41,9 @@ class PieceSource(Protocol):
     def iter_pieces(self) -> Iterator[tuple[str, Index, Tensor]]:
         """Every part of a full HF tensor that this rank holds: name, place, view of the weight."""
 
+    def release(self) -> None:
+        """Leave the GPUs to the engines, weights aside, and wait for the others."""
+
 
 _Views = dict[tuple[str, Ranges], Tensor]
 """The pieces of this rank by HF name and place in the tensor."""
@@ -104,6 +107,7 @@ class SharedWeights:
     def send(self, version: int, *, report: bool) -> Sent | None:
         """See WeightRoute.send: the weights are summed up, nothing is moved."""
         digest = self.digest()
+        self._policy.release()
         return Sent(self.path, digest) if report else None
 
     @torch.no_grad()

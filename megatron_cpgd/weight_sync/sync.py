@@ -23,7 +23,9 @@ class WeightRoute(Protocol):
     """A way of the policy's weights to the engines."""
 
     def send(self, version: int, *, report: bool) -> Sent | None:
-        """Make the weights readable for the engines. Collective over the world.
+        """Make the weights readable for the engines, and leave the GPUs to those that share them.
+
+        Collective over the world.
 
         Args:
             report: this is rank 0, which wants to know what was sent.

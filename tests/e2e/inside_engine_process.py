@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace as replace_struct
+from torch import nn
 from transformers import Qwen3Config
 
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.engine import Sampling
-from megatron_cpgd.rollout.messages import Failed, Generate, Generated, Launch, Refresh, Refreshed
+from megatron_cpgd.rollout.messages import (
+    Asleep,
+    Failed,
+    Generate,
+    Generated,
+    Launch,
+    Refresh,
+    Refreshed,
+    Sleep,
+)
 from megatron_cpgd.rollout.vllm_engine import engine_environment
 from megatron_cpgd.weight_sync.arena import quantized_checkpoint
 from megatron_cpgd.weights.quantize import (
@@ -79,8 +89,36 @@ def check_that_a_refresh_that_breaks_off_can_be_repeated(directory: Path) -> Non
     healed = engine.answer(generate(1))
     assert isinstance(healed, Generated)
     assert logprob_error(models[1], PROMPTS, healed.groups) < TOLERANCE
+    check_that_all_it_forgets_asleep_comes_back(engine, arena, healed)
     engine.llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()  # makes room for a second engine in this process
+
+
+def check_that_all_it_forgets_asleep_comes_back(
+    engine: Engine, arena: Path, awake: Generated
+) -> None:
+    """`engine` holds version 1, those of the arena.
+
+    On CUDA the worker saves the model's buffers and discards what else was allocated while the
+    model was loaded; on CPU it does nothing, so this does it.
+    """
+    assert isinstance(engine.answer(Sleep()), Asleep)
+    assert isinstance(engine.answer(Sleep()), Asleep)
+    assert engine.llm.apply_model(spoil_all_but_buffers)[0] > 10
+    refused = engine.answer(generate(1))
+    assert isinstance(refused, Failed) and "the engine sleeps and has no" in refused.message, (
+        refused
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFile, "view", view_until("model.layers.1.self_attn.k_proj.weight"))
+        assert engine.answer(Refresh(arena=str(arena), version=2)).kind == "weights"
+    assert "the last weight refresh failed" in engine.answer(generate(1)).message
+    assert isinstance(engine.answer(Refresh(arena=str(arena), version=2)), Refreshed)
+    restored = engine.answer(generate(2))
+    assert tokens_and_logprobs(restored) == tokens_and_logprobs(awake)
+    engine.sleeps = False
+    refused = engine.answer(Sleep())
+    assert "started without rollout.sleep" in refused.message and not engine.broken
 
 
 def check_that_routes_are_refused_where_there_can_be_none(directory: Path) -> None:
@@ -165,6 +203,29 @@ def check_that_an_fp8_engine_computes_with_the_restored_weights(directory: Path)
     cleanup_dist_env_and_memory()
 
 
+def spoil_all_but_buffers(model: nn.Module) -> int:
+    """Overwrite every tensor of the model that is no buffer; returns how many there were.
+
+    But for the KV cache: vLLM reads, and masks, entries that it has not written.
+    """
+    kept = {tensor.data_ptr() for tensor in model.buffers()}
+    tensors = {}
+    for module in model.modules():
+        owners = [module, *(vars(module).get(name) for name in ("quant_method", "impl"))]
+        found = [named for owner in owners if owner is not None for named in vars(owner).items()]
+        for name, tensor in [*found, *module._parameters.items()]:
+            if isinstance(tensor, torch.Tensor) and name != "kv_cache":
+                tensors[tensor.data_ptr()] = tensor
+    spoiled = [tensor for address, tensor in tensors.items() if address not in kept]
+    for tensor in spoiled:
+        tensor.data.fill_(torch.nan if tensor.is_floating_point() else 1)
+    return len(spoiled)
+
+
+def tokens_and_logprobs(answer: Generated) -> list[tuple[list[int], list[float]]]:
+    return [(each.token_ids, each.logprobs) for group in answer.groups for each in group]
+
+
 def launch(directory: Path, *, return_routes: bool = False, **engine_args: Any) -> Launch:
     return Launch(
         address="",
@@ -175,6 +236,7 @@ def launch(directory: Path, *, return_routes: bool = False, **engine_args: Any) 
         seed=0,
         trust_remote_code=False,
         return_routes=return_routes,
+        sleeps=True,
         engine_args={
             "kv_cache_memory_bytes": 32 << 20,
             "max_num_batched_tokens": MAX_MODEL_LEN,

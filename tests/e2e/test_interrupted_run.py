@@ -1,4 +1,8 @@
-"""A run that is stopped, then killed in four ways, and ends like an undisturbed one."""
+"""A run that is stopped, then killed in four ways, and ends like an undisturbed one.
+
+Its engine sleeps while the trainer works, and the trainer's state is away while the engine does; of
+the undisturbed run both stay. On CPU vLLM frees nothing: tests/e2e/inside_engine_process.py.
+"""
 
 import os
 import signal
@@ -9,7 +13,7 @@ import pytest
 
 from megatron_cpgd.errors import STOPPED
 from megatron_cpgd.weight_sync.shared_memory import arena_path
-from tests.helpers.full_run import Command, Finished, read_rows, run_cli
+from tests.helpers.full_run import Command, Finished, read_rows, run_cli, settings, write_yaml
 
 SECONDS_TO_END = 60.0
 """From a fault to the end of every process: two on a quiet machine, more where tests pile up."""
@@ -47,11 +51,13 @@ class InterruptedRun:
 
 
 @pytest.fixture(scope="module")
-def interrupted(complete_run, tmp_path_factory) -> InterruptedRun:
+def interrupted(assets, tmp_path_factory) -> InterruptedRun:
     folder = tmp_path_factory.mktemp("interrupted")
     run_dir = folder / "run"
-    yaml = folder / "run.yaml"
-    yaml.write_text(complete_run.yaml.read_text().replace(str(complete_run.dir), str(run_dir)))
+    content = settings(assets)
+    content["run"]["dir"] = str(run_dir)
+    content["rollout"]["sleep"] = content["optim"]["offload"] = True
+    yaml = write_yaml(folder / "run.yaml", content)
 
     def disturb(after: str, victim) -> Fault:
         with Command("train", yaml, folder=folder) as command:
@@ -132,6 +138,8 @@ def test_an_interrupted_run_samples_and_learns_exactly_what_an_undisturbed_one_d
     complete_run, interrupted
 ):
     expected, actual = (read_rows(run.dir / "metrics.jsonl") for run in (complete_run, interrupted))
+    assert all(row["time/sleep_s"] > 0 and row["time/reload_s"] > 0 for row in actual[1:])
+    assert not any("time/sleep_s" in row for row in expected)
     for left, right in zip(expected, actual, strict=True):
         same = {name for name in left if not name.startswith(("time/", "perf/"))}
         assert {name: left[name] for name in same} == {name: right[name] for name in same}

@@ -340,6 +340,17 @@ def test_closing_an_engine_ends_a_call_of_another_thread(labs, tmp_path):
     assert "generating: the engine was killed" in str(errors[0])
 
 
+def test_an_engine_killed_while_it_sleeps_is_reported_at_the_next_refresh(labs):
+    """It uses up the engine."""
+    lab = labs["qwen3_with_qk_norm"]
+    lab.engine.sleep()
+    with pytest.raises(WeightSyncError, match="the engine sleeps and has no weights; refresh it"):
+        lab.generate()
+    os.kill(lab.engine.pid, signal.SIGKILL)
+    with pytest.raises(RolloutError, match="refreshing: the engine was killed by SIGKILL"):
+        lab.publish("A")
+
+
 def test_an_engine_killed_while_generating_is_reported_at_once(labs):
     """Last of this file: it uses up the engine."""
     lab = labs["llama"]

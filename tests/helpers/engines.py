@@ -47,6 +47,7 @@ def start_engine(model_dir: Path, **changes) -> VllmEngine:
         "step_timeout_s": 120.0,
         "log_path": None,
         "seed": 0,
+        "sleeps": True,
     }
     return VllmEngine(model_dir, **(settings | changes))
 

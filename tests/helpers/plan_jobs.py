@@ -28,6 +28,11 @@ def held_bytes_job(config: ExperimentConfig) -> HeldBytes:
     sequences = tiny_sequences()
     with_old_logprobs(sequences, policy.compute_logprobs(sequences))
     policy.train_step(sequences, OBJECTIVE)
+    return held_bytes(policy)
+
+
+def held_bytes(policy: Policy) -> HeldBytes:
+    """Of a policy that has made a step."""
     weights = _storages(_weights(policy))
     gradients = _storages(
         buffer.grad_data

@@ -39,6 +39,13 @@ def public_model(name: str) -> Model:
     return read_model(public_config(name))
 
 
+class EnginesEverywhere(EngineSettings):
+    """Those of other systems are on all nodes of the trainer."""
+
+    def on_gpu(self, gpu: int) -> int:
+        return 1
+
+
 def published_plan(
     name: str, layout: Layout, *, machine: Machine, prompts: int, samples: int, length: int,
     longest: int, engine_tp: int, updates: int, recompute: Any,
@@ -58,9 +65,9 @@ def published_plan(
         ),
         trainer=TrainerSettings(
             passes=passes, distributed_optimizer=True, micro_tokens=longest, chunk_tokens=longest,
-            reference=True,
+            reference=True, offloads=True,
         ),
-        engine=EngineSettings(
+        engine=EnginesEverywhere(
             tp=engine_tp, precision="bf16", utilization=0.6, max_sequences=1024,
             engines=layout.world_size // engine_tp, sleeps=True,
         ),

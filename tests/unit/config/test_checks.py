@@ -24,6 +24,7 @@ TIS = "algorithm.correction={type: truncate}"
 OLD_SAMPLER = "algorithm.old_policy=sampler"
 R2 = "algorithm.routing_replay=old_policy"
 R3 = "algorithm.routing_replay=rollout"
+SLEEP = "rollout.sleep=true"
 MEASURED = "tracking.routing_every=5"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
 
@@ -89,6 +90,10 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
             "rollout.sync=in_place reads the memory of the trainer's first node, but rollout.nodes",
         ),
         (
+            ["rollout.sync=in_place", "rollout.sleep=true", "optim.offload=true"],
+            "rollout.sync=in_place reads weights on the GPUs, from which optim.offload=true takes",
+        ),
+        (
             ["rollout.sync=in_place", "optim.distributed=false"],
             "rollout.sync=in_place needs the weights in a few buffers, which Megatron has with",
         ),
@@ -97,6 +102,17 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
         (
             ["parallel.pp=2", "parallel.stage_layers=[3,2,1]"],
             "parallel.stage_layers has 3 numbers, but parallel.pp=2 * vpp=1 = 2 stages",
+        ),
+        ([SLEEP, "rollout.overlap=true", "rollout.staleness=1"], "rollout.sleep=true lets the"),
+        ([SLEEP, "rollout.nodes=1"], "rollout.sleep=true does nothing: with rollout.nodes=1"),
+        (
+            [SLEEP, "rollout.devices=[2]", "parallel.dp=2"],
+            "rollout.sleep=true does nothing: rollout.devices=[2] are none of the 2 that",
+        ),
+        (["optim.offload=true"], "optim.offload=true does nothing: with rollout.sleep=false"),
+        (
+            [SLEEP, "optim.offload=true", "model.megatron.cuda_graph_impl=local"],
+            "model.megatron.cuda_graph_impl=local: a captured graph expects the weights where",
         ),
         (["optim.min_lr=1e-7"], "optim.min_lr=1e-07 does nothing"),
         (
@@ -209,6 +225,8 @@ def test_a_rule_between_settings_is_named(run_yaml, overrides, start):
         ["parallel.pp=2", "parallel.vpp=3"],  # 6 layers
         ["parallel.pp=2", "parallel.vpp=2", "parallel.stage_layers=[1,2,2,1]"],
         ["optim.schedule=linear", "optim.min_lr=1e-7"],
+        [SLEEP, "optim.offload=true", "rollout.staleness=1"],
+        [SLEEP, "rollout.devices=[1]", "parallel.dp=2"],
         ["parallel.sequence_parallel=true"],
         ["stability={action: off, not_finite: 9}"],
         ["stability={action: roll_back, lr_factor: 0.1, max_roll_backs: 5}"],

@@ -32,6 +32,8 @@ def test_the_same_run_can_be_resumed(run_yaml, run_dir):
         "rewards.timeout_s=1",
         "rollout.step_timeout_s=1",
         "rollout.sync=in_place",
+        "rollout.sleep=true",
+        "optim.offload=true",
     ],
 )
 def test_what_is_not_learnt_from_may_change(run_yaml, run_dir, override):

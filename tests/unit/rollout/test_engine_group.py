@@ -18,7 +18,7 @@ class EchoEngine:
 
     def __init__(self, digest: str = "same") -> None:
         self.prompts: list[list[int]] = []
-        self.closed = False
+        self.asleep = self.closed = False
         self._digest = digest
 
     def generate(self, prompts, sampling, *, seeds=None, version):
@@ -37,6 +37,9 @@ class EchoEngine:
 
     def refresh(self, arena, version):
         return RefreshReport(seconds=1.0, tensors=1, nbytes=1, digest=self._digest)
+
+    def sleep(self):
+        self.asleep = True
 
     def close(self):
         self.closed = True
@@ -102,3 +105,9 @@ def test_close_ends_every_engine():
     engines = [EchoEngine(), EchoEngine()]
     EngineGroup(engines).close()
     assert all(engine.closed for engine in engines)
+
+
+def test_all_engines_go_to_sleep():
+    engines = [EchoEngine() for _ in range(3)]
+    EngineGroup(engines).sleep()
+    assert all(engine.asleep for engine in engines)

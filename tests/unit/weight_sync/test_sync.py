@@ -39,6 +39,9 @@ class FakePolicy:
         view("a").copy_(torch.arange(6.0).view(2, 3))
         view("b").fill_(0.5)
 
+    def release(self) -> None:
+        pass
+
 
 def route(arena: TensorFile) -> ArenaWeights:
     return ArenaWeights(FakePolicy(), Arena(arena))
@@ -58,6 +61,22 @@ def test_the_engine_gets_what_the_policy_wrote_and_its_version(arena):
     assert engine.tensors["b"].tolist() == [0.5] * 5
     # 6 floats of 4 bytes and 5 of 2.
     assert metrics == {"weights/version": 7, "weights/digest": arena.digest(), "weights/bytes": 34}
+
+
+def test_the_policy_has_written_and_left_the_gpus_before_the_engine_wakes(arena):
+    events = []
+
+    class Policy(FakePolicy):
+        def release(self) -> None:
+            events.append(("released", arena.view("b").tolist()))
+
+    class Engine(FakeEngine):
+        def refresh(self, arena: Path, version: int) -> RefreshReport:
+            events.append("refreshed")
+            return super().refresh(arena, version)
+
+    sync_weights(ArenaWeights(Policy(), Arena(arena)), Engine(), version=1)
+    assert events == [("released", [0.5] * 5), "refreshed"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
