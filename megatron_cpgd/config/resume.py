@@ -18,6 +18,8 @@ MAY_CHANGE = (
     "eval.",
     "rewards.workers",
     "rewards.timeout_s",
+    "rollout.nodes",
+    "rollout.devices",
     "rollout.start_timeout_s",
     "rollout.step_timeout_s",
 )
