@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.types import Rollout
 
@@ -72,6 +73,22 @@ class Failed(msgspec.Struct, tag=True, kw_only=True):
 
     kind: Literal["config", "rollout", "weights"]
     message: str
+
+
+def as_error(failed: Failed) -> ConfigError | RolloutError | WeightSyncError:
+    """What the other side has raised."""
+    kinds = {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}
+    return kinds[failed.kind](failed.message)
+
+
+def as_message(error: ConfigError | RolloutError | WeightSyncError) -> Failed:
+    """The inverse of `as_error`."""
+    if isinstance(error, ConfigError):
+        return Failed(kind="config", message=f"{error}")
+    kind: Literal["rollout", "weights"] = (
+        "rollout" if isinstance(error, RolloutError) else "weights"
+    )
+    return Failed(kind=kind, message=f"{error}")
 
 
 Request = Generate | Refresh | Close

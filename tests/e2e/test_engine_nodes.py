@@ -102,6 +102,7 @@ def test_two_nodes_do_what_two_engines_beside_rank_0_do(assets, tmp_path, case):
         assert row["weights/network_bytes"] == 2 * row["weights/bytes"]
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_of_the_engines_is_one_message(complete_run, tmp_path):
     finished = run_cli(
         "train", complete_run.yaml, f"run.dir={tmp_path / 'run'}", "rollout.nodes=1",
