@@ -75,20 +75,29 @@ class Failed(msgspec.Struct, tag=True, kw_only=True):
     message: str
 
 
-def as_error(failed: Failed) -> ConfigError | RolloutError | WeightSyncError:
+EngineError = ConfigError | RolloutError | WeightSyncError
+
+
+def as_error(failed: Failed) -> EngineError:
     """What the other side has raised."""
-    kinds = {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}
-    return kinds[failed.kind](failed.message)
+    match failed.kind:
+        case "config":
+            return ConfigError(failed.message)
+        case "rollout":
+            return RolloutError(failed.message)
+        case "weights":
+            return WeightSyncError(failed.message)
 
 
-def as_message(error: ConfigError | RolloutError | WeightSyncError) -> Failed:
+def as_message(error: EngineError) -> Failed:
     """The inverse of `as_error`."""
-    if isinstance(error, ConfigError):
-        return Failed(kind="config", message=f"{error}")
-    kind: Literal["rollout", "weights"] = (
-        "rollout" if isinstance(error, RolloutError) else "weights"
-    )
-    return Failed(kind=kind, message=f"{error}")
+    match error:
+        case ConfigError():
+            return Failed(kind="config", message=f"{error}")
+        case RolloutError():
+            return Failed(kind="rollout", message=f"{error}")
+        case WeightSyncError():
+            return Failed(kind="weights", message=f"{error}")
 
 
 Request = Generate | Refresh | Close
