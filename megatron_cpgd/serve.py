@@ -14,7 +14,6 @@ import torch
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError, ConversionError, RolloutError, WeightSyncError
-from megatron_cpgd.rollout.engine_nodes import as_message
 from megatron_cpgd.rollout.messages import (
     Failed,
     Generate,
@@ -23,6 +22,7 @@ from megatron_cpgd.rollout.messages import (
     Refresh,
     Refreshed,
     Response,
+    as_message,
 )
 from megatron_cpgd.rollout.node_channel import PULSE_S, SILENCE_S, NodeChannel, connect
 from megatron_cpgd.rollout.node_messages import (

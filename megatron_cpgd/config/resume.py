@@ -21,6 +21,8 @@ MAY_CHANGE = (
     "rollout.sync",
     "rollout.sleep",
     "optim.offload",
+    "rollout.nodes",
+    "rollout.devices",
     "rollout.start_timeout_s",
     "rollout.step_timeout_s",
 )

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
-from megatron_cpgd.rollout.messages import Failed, Response
+from megatron_cpgd.errors import RolloutError
+from megatron_cpgd.rollout.messages import Failed, Response, as_error
 from megatron_cpgd.rollout.node_channel import (
     PULSE_S,
     SILENCE_S,
@@ -112,11 +111,6 @@ class EngineNodes:
             public_key=public_key.decode(),
             secret_key=secret_key.decode(),
         )
-
-    @property
-    def count(self) -> int:
-        """Number of nodes."""
-        return len(self._nodes)
 
     def send(self, node: int, message: ToNode) -> None:
         """Send as soon as the node is connected."""
@@ -280,18 +274,6 @@ class EngineNodes:
         with self._changed:
             self._failure = RolloutError(f"{node.name} is lost: {reason}{_log_tail(node)}")
             self._changed.notify_all()
-
-
-def as_error(failed: Failed) -> Exception:
-    """What the other side has raised."""
-    kinds = {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}
-    return kinds[failed.kind](failed.message)
-
-
-def as_message(error: ConfigError | RolloutError | WeightSyncError) -> Failed:
-    """The inverse of `as_error`."""
-    kinds: dict[type, Any] = {ConfigError: "config", WeightSyncError: "weights"}
-    return Failed(kind=kinds.get(type(error), "rollout"), message=f"{error}")
 
 
 class _OneKey:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.types import Rollout
 
@@ -82,6 +83,31 @@ class Failed(msgspec.Struct, tag=True, kw_only=True):
 
     kind: Literal["config", "rollout", "weights"]
     message: str
+
+
+EngineError = ConfigError | RolloutError | WeightSyncError
+
+
+def as_error(failed: Failed) -> EngineError:
+    """What the other side has raised."""
+    match failed.kind:
+        case "config":
+            return ConfigError(failed.message)
+        case "rollout":
+            return RolloutError(failed.message)
+        case "weights":
+            return WeightSyncError(failed.message)
+
+
+def as_message(error: EngineError) -> Failed:
+    """The inverse of `as_error`."""
+    match error:
+        case ConfigError():
+            return Failed(kind="config", message=f"{error}")
+        case RolloutError():
+            return Failed(kind="rollout", message=f"{error}")
+        case WeightSyncError():
+            return Failed(kind="weights", message=f"{error}")
 
 
 Request = Generate | Refresh | Sleep | Close

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling
 from megatron_cpgd.rollout.engine_group import EngineGroup
-from megatron_cpgd.rollout.engine_nodes import EngineNodes, as_error
+from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.messages import (
     Failed,
     Generate,
@@ -17,6 +17,7 @@ from megatron_cpgd.rollout.messages import (
     Refresh,
     Refreshed,
     Response,
+    as_error,
 )
 from megatron_cpgd.rollout.node_messages import Ask
 from megatron_cpgd.types import Rollout

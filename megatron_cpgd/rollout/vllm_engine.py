@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
-from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
+from megatron_cpgd.errors import ConfigError, RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling
 from megatron_cpgd.rollout.messages import (
     Asleep,
@@ -33,6 +33,7 @@ from megatron_cpgd.rollout.messages import (
     Request,
     Response,
     Sleep,
+    as_error,
 )
 from megatron_cpgd.types import Rollout
 
@@ -242,9 +243,7 @@ class VllmEngine:
         answer = msgspec.msgpack.decode(self._channel.recv(), type=Response)
         self._busy = False
         if isinstance(answer, Failed):
-            raise {"config": ConfigError, "rollout": RolloutError, "weights": WeightSyncError}[
-                answer.kind
-            ](answer.message)
+            raise as_error(answer)
         assert isinstance(answer, kind), f"{what}: {type(answer).__name__} is not {kind.__name__}"
         return answer
 

@@ -62,7 +62,7 @@ def test_each_step_has_one_row_and_every_documented_metric(rows):
         for name in re.findall(r"^\| `([a-z]+/[^`]+)` \|", text, flags=re.MULTILINE)
     }
     # No step was skipped or collapsed; no correction, rejection, mask, balanced clip, replay,
-    # overlap or piece is set, there are no experts. The peak of a CPU is not known.
+    # overlap, piece or engine node is set, there are no experts. The peak of a CPU is not known.
     absent = {
         "policy/skipped_reason",
         "policy/clip_low",
@@ -83,6 +83,7 @@ def test_each_step_has_one_row_and_every_documented_metric(rows):
                 "router/",
                 "routing/",
                 "stability/",
+                "weights/network_",
             )
         )
     }

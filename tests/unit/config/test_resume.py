@@ -30,6 +30,8 @@ def test_the_same_run_can_be_resumed(run_yaml, run_dir):
         "checkpoint.every=1",
         "eval.sets.aime.path=x",
         "rewards.timeout_s=1",
+        "rollout.nodes=1",
+        "rollout.devices=[1]",
         "rollout.step_timeout_s=1",
         "rollout.sync=in_place",
         "rollout.sleep=true",
