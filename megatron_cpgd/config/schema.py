@@ -174,8 +174,8 @@ class RolloutConfig(Config):
     of a step. For engines on GPUs of the trainer. See architecture.md; on CPU nothing is freed."""
     sync: Literal["arena", "in_place"] = "arena"
     """How new weights reach the engines: `arena` writes all of them to a file in shared memory;
-    with `in_place` the engines read the trainer's memory, which needs no copy, but the ranks on the
-    host of rank 0 have to hold the whole model."""
+    with `in_place` the engines read the trainer's own memory, so there is no second copy, but the
+    ranks on the host of rank 0 have to hold the whole model."""
     logprob_diff_limit: float | None = Field(None, gt=0)
     """Stop with a weight-sync error when the mean |trainer - engine| log-prob difference of a step
     exceeds this; null only logs it. Needs top_p = 1, top_k = -1 and staleness = 0."""

@@ -1,6 +1,7 @@
 """Full tensors that a vLLM worker puts together from pieces in the trainer's memory."""
 
 import os
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ class TrainerMemory:
         self.pieces = PieceList.decode(self._content)
         self.device = device
         self._gpu = gpu_uuid()
+        self._turns = count(os.getpid())  # workers begin with different ranks
         self._storages = {
             rank: [open_storage(storage, device) for storage in trainer.storages]
             for rank, trainer in self.pieces.ranks.items()
@@ -45,21 +47,21 @@ class TrainerMemory:
         """Whether this is what the list at `path` describes."""
         return path.read_bytes() == self._content
 
-    def view(self, tensor: InPlaceTensor, piece: Piece, turn: int) -> Tensor:
+    def view(self, tensor: InPlaceTensor, piece: Piece) -> Tensor:
         """The piece where it lies: on this GPU if possible, else in turn on all ranks with it.
 
         It must not be written to: that would change the weights of the trainer.
         """
-        copy = self._nearest(piece.copies, turn)
+        copy = self._nearest(piece.copies)
         storage = self._storages[copy.rank][copy.storage]
         part = torch.empty(0, dtype=DTYPES[tensor.stored_dtype], device=storage.device)
         return part.set_(storage, copy.offset, piece.shape, copy.stride)
 
-    def _nearest(self, copies: tuple[Copy, ...], turn: int) -> Copy:
+    def _nearest(self, copies: tuple[Copy, ...]) -> Copy:
         ranks = self.pieces.ranks
         here = [copy for copy in copies if self._gpu and ranks[copy.rank].gpu == self._gpu]
         choice = here or copies
-        return choice[(os.getpid() + turn) % len(choice)]
+        return choice[next(self._turns) % len(choice)]
 
 
 class AssembledWeights:
@@ -67,7 +69,6 @@ class AssembledWeights:
 
     def __init__(self, memory: TrainerMemory) -> None:
         self._memory = memory
-        self._turn = 0
         pieces = memory.pieces
         self._full = pieces.full_tensors
         self._by_name = {tensor.name: tensor for tensor in pieces.tensors}
@@ -106,11 +107,10 @@ class AssembledWeights:
         return combine(self._full, sums.tolist())
 
     def _assemble(self, tensor: InPlaceTensor) -> Tensor:
-        dtype = DTYPES[tensor.dtype]
-        if len(tensor.pieces) == 1 and tensor.dtype == tensor.stored_dtype:
-            return self._memory.view(tensor, tensor.pieces[0], 0).to(self._memory.device)
-        whole = torch.empty(tensor.shape, dtype=dtype, device=self._memory.device)
-        for turn, piece in enumerate(tensor.pieces, start=self._turn):
-            whole[piece.place].copy_(self._memory.view(tensor, piece, turn))
-        self._turn += len(tensor.pieces)
+        memory, pieces = self._memory, tensor.pieces
+        if len(pieces) == 1 and tensor.dtype == tensor.stored_dtype:
+            return memory.view(tensor, pieces[0]).to(memory.device)
+        whole = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=memory.device)
+        for piece in pieces:
+            whole[piece.place].copy_(memory.view(tensor, piece))
         return whole

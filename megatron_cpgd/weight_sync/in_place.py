@@ -134,7 +134,7 @@ class SharedWeights:
 
 
 def _storages(own: _Views) -> dict[int, torch.UntypedStorage]:
-    """Those of the views, each once, by address."""
+    """Those of the views, each once, by their addresses."""
     storages = (view.untyped_storage() for view in own.values())
     return {storage.data_ptr(): storage for storage in storages}
 

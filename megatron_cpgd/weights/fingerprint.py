@@ -60,7 +60,7 @@ def _factors(places: tuple[range, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def _odd_numbers(dim: int, places: range, device: torch.device) -> Tensor:
-    """[len(places)] int32: splitmix64 (Steele et al., 2014) of dimension and place, lower half."""
+    """[len(places)] int32: the lower half of splitmix64 (Steele et al., 2014)."""
     x = torch.arange(places.start, places.stop, places.step, device=device) + ((dim + 1) << 40)
     x *= _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -49,6 +49,16 @@ def test_one_change_is_preferred_to_two(tmp_path: Path) -> None:
     assert {"model.recompute": "full"} in [fix.overrides for fix in find_fixes(broken)]
 
 
+def test_an_engine_that_reads_the_weights_in_place_needs_no_arena(tmp_path: Path) -> None:
+    arena, in_place = (
+        planner(tmp_path, "Qwen3-8B", f"rollout.sync={sync}").plan({})
+        for sync in ("arena", "in_place")
+    )
+    assert arena is not None and in_place is not None
+    assert in_place.host.arena == 0
+    assert in_place.host.total == arena.host.total - arena.host.arena
+
+
 def test_what_fits_needs_no_fix(tmp_path: Path) -> None:
     fitting = planner(
         tmp_path, "Qwen3-8B", "parallel.tp=8", "model.recompute=full",
