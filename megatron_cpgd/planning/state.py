@@ -87,7 +87,7 @@ def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elemen
     layers = {id(model.layers[i]): model.layers[i] for i in chunk.layers}
     for key, times in counts.items():
         for parameter, count in layers[key].items():
-            local = _local_elements(parameter, layout)
+            local = local_elements(parameter, layout)
             if not parameter.trained:
                 fixed += local * count * times
             elif parameter.expert:
@@ -106,7 +106,8 @@ def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elemen
     return dense, experts, fixed
 
 
-def _local_elements(parameter: Parameter, layout: Layout) -> int:
+def local_elements(parameter: Parameter, layout: Layout) -> int:
+    """Of one parameter on a rank that has it."""
     if parameter.split == "replicated":
         return parameter.elements
     return parameter.elements // (layout.etp if parameter.expert else layout.tp)
