@@ -168,7 +168,7 @@ def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
 
 
 def _engine_nodes(planner: Planner) -> Iterator[Overrides]:
-    """A node of their own for as many engines as it holds; also with FP8 weights, for large ones."""
+    """A node of their own for as many engines as it holds; for large ones with FP8 weights too."""
     config, machine = planner.config, planner.machine
     if not machine.accelerator or config.rollout.nodes:
         return
