@@ -168,8 +168,8 @@ def cpu_machine() -> Machine:
         accelerator=False,
         efficiency=Efficiency(
             dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
-            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 4,
-            fragmentation=0.1,
+            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 8,
+            fragmentation=0.05,
         ),
     )  # fmt: skip
 

@@ -13,12 +13,15 @@ from megatron_cpgd.planning.fp8 import weight_copies
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GIB, Machine
 from megatron_cpgd.planning.model import Model
-from megatron_cpgd.planning.state import BYTES, state_bytes
+from megatron_cpgd.planning.state import BYTES, read_elements, state_bytes
 
 REFERENCE_PIECE = 16 << 20
 """As PIECE_BYTES of policy/reference.py."""
 HOST_PROCESS = 3 * GIB
 """Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
+HEAP_LOSS = 9.0
+"""How many times more a process loses of activations on CPU if the buffers of tensor parallelism come
+and go between them: measured, and gone with MALLOC_MMAP_THRESHOLD_=65536, which is slower."""
 TOKEN_RECORD = 64
 """Bytes of a token of the batch on the host: ids, log-probs, advantage, coefficients."""
 
@@ -42,7 +45,8 @@ class RankMemory:
     mapped: int
     """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
-    """Context, communicators and workspaces, and what the allocator loses."""
+    """Context, communicators and workspaces, and what the allocator loses; on CPU also a copy of the
+    gradients."""
 
     @property
     def total(self) -> int:
@@ -161,10 +165,15 @@ def rank_memory(
     reference = 0
     if settings.reference:
         reference = REFERENCE_PIECE if machine.accelerator else state.weights
-    mapped = 0
-    if not machine.accelerator:  # rank 0 reads the whole arena to sum it
-        mapped = passes.element * model.parameters + state.weights
-    lost = machine.efficiency.fragmentation * (activations + working)
+    mapped, lost = 0, machine.efficiency.fragmentation * (activations + working)
+    if not machine.accelerator:
+        # Rank 0 reads the whole arena to sum it; checkpoints have the precision of the policy.
+        touched = model.parameters + read_elements(model, layout, stage)
+        mapped = passes.element * touched
+        if layout.tp > 1:
+            lost *= HEAP_LOSS
+        if settings.distributed_optimizer:
+            lost += state.gradients  # gloo scatters the sums out of a copy
     return RankMemory(
         stage=stage, weights=state.weights,
         fp8_copies=weight_copies(model, layout, stage, passes.fp8),
