@@ -20,8 +20,8 @@ REFERENCE_PIECE = 16 << 20
 HOST_PROCESS = 3 * GIB
 """Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
 HEAP_LOSS = 9.0
-"""How many times more a process loses of activations on CPU if the buffers of tensor parallelism come
-and go between them: measured, and gone with MALLOC_MMAP_THRESHOLD_=65536, which is slower."""
+"""How many times as much the heap of a CPU process loses where buffers of tensor parallelism come
+and go between activations; measured, and gone with MALLOC_MMAP_THRESHOLD_=65536."""
 TOKEN_RECORD = 64
 """Bytes of a token of the batch on the host: ids, log-probs, advantage, coefficients."""
 
@@ -45,8 +45,8 @@ class RankMemory:
     mapped: int
     """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
-    """Context, communicators and workspaces, and what the allocator loses; on CPU also a copy of the
-    gradients."""
+    """Context, communicators and workspaces, and what the allocator loses; on CPU with a distributed
+    optimizer also a copy of the gradients."""
 
     @property
     def total(self) -> int:

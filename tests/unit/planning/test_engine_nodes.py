@@ -7,8 +7,9 @@ import pytest
 from megatron_cpgd.config.load import read_config
 from megatron_cpgd.planning.estimate import Plan, make_plan
 from megatron_cpgd.planning.machine import GPUS
+from megatron_cpgd.planning.search import Planner, find_fixes
 from megatron_cpgd.planning.workload import assumed_lengths
-from tests.helpers.planning import public_model
+from tests.helpers.planning import public_config, public_model
 from tests.helpers.valid_run import write_run
 
 SIZES = (
@@ -89,3 +90,17 @@ def test_weights_of_more_than_half_of_a_host_need_a_larger_dev_shm(tmp_path: Pat
     assert any("/dev/shm of a node of engines" in line for line in large.warnings)
     small = plan(tmp_path, "rollout.nodes=4")
     assert not any("/dev/shm" in line for line in small.warnings)
+
+
+def test_nodes_for_the_engines_are_proposed_where_a_host_is_too_small(tmp_path: Path) -> None:
+    # 70.6e9 * 2 bytes leave nothing of 8 x 80 GB beside a trainer that fills them.
+    config = read_config(
+        write_run(tmp_path),
+        ["parallel.tp=8", "parallel.dp=1", "parallel.pp=2", "model.recompute=full"],
+    )
+    planner = Planner(
+        model=public_model("Llama-3.1-70B"), hf=public_config("Llama-3.1-70B"), config=config,
+        machine=GPUS["h100"], lengths=assumed_lengths(config),
+    )  # fmt: skip
+    found = [fix.overrides for fix in find_fixes(planner)]
+    assert any("rollout.nodes" in overrides for overrides in found)
