@@ -45,7 +45,7 @@ class RankMemory:
     mapped: int
     """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
-    """Context, communicators and workspaces, and what the allocator loses; on CPU with a distributed
+    """Context, communicators, workspaces, and what the allocator loses; on CPU with a distributed
     optimizer also a copy of the gradients."""
 
     @property

@@ -189,7 +189,7 @@ def _engine_gpus(planner: Planner) -> Iterator[Overrides]:
     """GPUs of their own for the engines: idle ones of the first host, or half of the trainer's."""
     config, machine = planner.config, planner.machine
     sizes, engines = config.parallel, config.rollout.engines
-    if not machine.accelerator or config.rollout.devices is not None:
+    if not machine.accelerator or config.rollout.devices is not None or config.rollout.nodes:
         return
     size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1) * engines
     first, half = sizes.world_size, sizes.world_size // 2
