@@ -32,7 +32,7 @@ class Passes:
     recompute: Recompute
     accelerator: bool
     fused_activation: bool = False
-    """`model.megatron.bias_activation_fusion`."""
+    """`model.megatron.bias_activation_fusion`; there is none for gpt-oss."""
     fp8: Fp8 | None = None
     """How layers multiply in FP8; None: they do not."""
 
@@ -46,7 +46,7 @@ def passes_of(
     fp8: Fp8 | None = None,
 ) -> Passes:  # fmt: skip
     """The passes of a configuration; `megatron` is `model.megatron`."""
-    fused = accelerator and bool(megatron.get("bias_activation_fusion", False))
+    fused = accelerator and bool(megatron.get("bias_activation_fusion", True))
     return Passes(
         precision=precision, recompute=recompute, accelerator=accelerator, fused_activation=fused,
         fp8=fp8,
@@ -109,14 +109,15 @@ def layer_bytes(model: Model, layout: Layout, layer: int, passes: Passes) -> flo
         heads, extra = _latent_attention(model, passes)
         sequence += extra
     experts = decoder.experts
-    width = 3 if passes.fused_activation else 5  # gate and up, silu, shifted up, product
+    fused = passes.fused_activation and not decoder.sinks
+    width = 3 if fused else 5  # gate and up, silu, shifted up, product
     routed = 0.0
     if experts is None or layer in experts.dense_layers:
         heads += width * element * decoder.intermediate
     else:
         heads += width * element * experts.shared_intermediate
         sequence += 8 * experts.count  # scores of the router, fp32, twice
-        width += not passes.fused_activation  # the product again, times the gate's probability
+        width += not fused  # the product again, times the gate's probability
         # A copy of the token for each expert; with etp every rank of the group has it.
         copies = model.top_k * expert_imbalance(layout) / layout.sequence_shards
         routed = copies * element * (decoder.hidden * layout.etp + width * experts.intermediate)

@@ -51,8 +51,9 @@ class Efficiency:
     """The engine's own work for one decoding iteration."""
     sequence_s: float = 10e-6
     """The engine's own work for one token of one sequence."""
-    host_copy: float = 2e9
-    """Bytes per second of a weight through the arena: written, summed twice, read."""
+    host_copy: float = 5e9
+    """Bytes per second of a weight through the arena: written by one process at 10 GB/s, summed
+    twice by 16 threads of 2 GB/s."""
     train_factor: float = 1.0
     """Measured / predicted time of the trainer's passes."""
     generate_factor: float = 1.0
