@@ -197,11 +197,11 @@ def _problems(plan: Plan) -> list[str]:
         problems.append(
             f"parallel.tp={layout.tp} crosses nodes of {machine.gpus_per_node} GPUs; keep it inside"
         )
-    available = (plan.nodes - engine.nodes) * machine.gpus_per_node
+    nodes = max(plan.nodes - engine.nodes, 0)
+    available = nodes * machine.gpus_per_node
     if machine.accelerator and layout.world_size > available:
         problems.append(
-            f"parallel.* needs {layout.world_size} GPUs, {plan.nodes - engine.nodes} nodes have "
-            f"{available}"
+            f"parallel.* needs {layout.world_size} GPUs, {nodes} nodes have {available}"
         )
     if machine.accelerator and max(engine.devices or (0,)) >= machine.gpus_per_node:
         problems.append(
