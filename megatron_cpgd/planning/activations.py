@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_cpgd.planning.fp8 import Fp8
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.state import BYTES, Precision
@@ -31,7 +32,9 @@ class Passes:
     recompute: Recompute
     accelerator: bool
     fused_activation: bool = False
-    """`model.megatron.bias_activation_fusion`."""
+    """`model.megatron.bias_activation_fusion`; there is none for gpt-oss."""
+    fp8: Fp8 | None = None
+    """How layers multiply in FP8; None: they do not."""
 
     @property
     def element(self) -> int:
@@ -39,13 +42,15 @@ class Passes:
 
 
 def passes_of(
-    precision: Precision, recompute: Recompute, megatron: Mapping[str, Any], *, accelerator: bool
-) -> Passes:
+    precision: Precision, recompute: Recompute, megatron: Mapping[str, Any], *, accelerator: bool,
+    fp8: Fp8 | None = None,
+) -> Passes:  # fmt: skip
     """The passes of a configuration; `megatron` is `model.megatron`."""
-    fused = accelerator and bool(megatron.get("bias_activation_fusion", False))
+    fused = accelerator and bool(megatron.get("bias_activation_fusion", True))
     return Passes(
-        precision=precision, recompute=recompute, accelerator=accelerator, fused_activation=fused
-    )
+        precision=precision, recompute=recompute, accelerator=accelerator, fused_activation=fused,
+        fp8=fp8,
+    )  # fmt: skip
 
 
 def stage_activations(
@@ -104,17 +109,46 @@ def layer_bytes(model: Model, layout: Layout, layer: int, passes: Passes) -> flo
         heads, extra = _latent_attention(model, passes)
         sequence += extra
     experts = decoder.experts
-    width = 3 if passes.fused_activation else 5  # gate and up, silu, shifted up, product
+    fused = passes.fused_activation and not decoder.sinks
+    width = 3 if fused else 5  # gate and up, silu, shifted up, product
     routed = 0.0
     if experts is None or layer in experts.dense_layers:
         heads += width * element * decoder.intermediate
     else:
         heads += width * element * experts.shared_intermediate
         sequence += 8 * experts.count  # scores of the router, fp32, twice
-        width += not passes.fused_activation  # the product again, times the gate's probability
+        width += not fused  # the product again, times the gate's probability
         # A copy of the token for each expert; with etp every rank of the group has it.
         copies = model.top_k * expert_imbalance(layout) / layout.sequence_shards
         routed = copies * element * (decoder.hidden * layout.etp + width * experts.intermediate)
+    plain = sequence / layout.sequence_shards + heads / layout.tp + routed
+    if passes.fp8 is None or not passes.fp8.covers(layer, decoder.layers):
+        return plain
+    return plain + _fp8_change(model, layout, layer, passes.fp8, element)
+
+
+def _fp8_change(model: Model, layout: Layout, layer: int, fp8: Fp8, element: int) -> float:
+    """Bytes that a layer keeps more in FP8, which is less than 0: inputs of products are saved in
+    FP8, and once more as they are where another step reads them too."""
+    decoder, experts = model.decoder, model.decoder.experts
+    both, instead = fp8.input_bytes, fp8.input_bytes - element
+    if decoder.latent is None:
+        sequence, heads = instead * decoder.hidden, both * decoder.heads * decoder.head_dim
+    else:
+        ranks = (decoder.latent.q_rank or 0) + decoder.latent.kv_rank
+        # Queries and the compressed form each have a copy of the normed hidden state.
+        sequence = (both + instead) * decoder.hidden + instead * ranks
+        heads = both * decoder.heads * decoder.latent.v_head_dim
+    routed = 0.0
+    if experts is None or layer in experts.dense_layers:
+        sequence += instead * decoder.hidden
+        heads += instead * decoder.intermediate
+    else:
+        if experts.shared_intermediate:  # the router reads their input too
+            sequence += both * decoder.hidden
+            heads += instead * experts.shared_intermediate
+        copies = model.top_k * expert_imbalance(layout) / layout.sequence_shards
+        routed = copies * instead * (decoder.hidden * layout.etp + experts.intermediate)
     return sequence / layout.sequence_shards + heads / layout.tp + routed
 
 

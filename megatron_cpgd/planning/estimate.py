@@ -1,5 +1,6 @@
 """The whole prediction of one run: memory, seconds of a step, and whether it fits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +19,6 @@ from megatron_cpgd.planning.memory import (
 )
 from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.passes import PassSeconds, pass_seconds, update_seconds
-from megatron_cpgd.planning.state import BYTES
 from megatron_cpgd.planning.workload import Lengths, Workload, workload_of
 
 
@@ -163,7 +163,7 @@ def estimate(
         layout=layout,
         machine=machine,
         workload=workload,
-        nodes=nodes or -(-_gpus(layout, engine, machine) // machine.gpus_per_node),
+        nodes=nodes or _nodes(layout, engine, machine),
         parameters=model.parameters,
         active_parameters=model.active_parameters,
         stages=stages,
@@ -206,7 +206,7 @@ def _step_seconds(
         old_logprobs=old_logprobs,
         ref_logprobs=reference,
         train=training.total,
-        sync=_sync_seconds(model, machine, workload.engine) + moved,
+        sync=_sync_seconds(model, layout, machine, workload.engine) + moved,
         other=machine.efficiency.other_s,
     )
 
@@ -225,10 +225,19 @@ def _training(model: Model, layout: Layout, machine: Machine, workload: Workload
     )
 
 
-def _sync_seconds(model: Model, machine: Machine, engine: EngineSettings) -> float:
-    """Written to the arena by all ranks, summed by rank 0, read and summed by the engine."""
-    nbytes = BYTES[engine.precision] * model.parameters
-    seconds = nbytes / machine.efficiency.host_copy + nbytes / machine.pcie
+def _sync_seconds(model: Model, layout: Layout, machine: Machine, engine: EngineSettings) -> float:
+    """Written to the arena by all ranks, summed by rank 0, read and summed by the engine. FP8 is
+    made there, of bf16. A node of engines receives the model through one link, from one replica of
+    the trainer; those of the same replica wait for each other."""
+    read = model.checkpoint_bytes[engine.precision]
+    written = model.checkpoint_bytes["fp32" if engine.precision == "fp32" else "bf16"]
+    seconds = written / machine.efficiency.host_copy + read / machine.pcie
+    of_experts = written * model.expert_parameters / model.parameters
+    for nbytes, replicas in (
+        (written - of_experts, layout.dp), (of_experts, layout.expert_replicas)
+    ):  # fmt: skip
+        turns = -(-engine.nodes // replicas)
+        seconds += turns * nbytes / (machine.network * machine.efficiency.link)
     return machine.efficiency.sync_factor * seconds
 
 
@@ -239,18 +248,26 @@ def _problems(plan: Plan) -> list[str]:
         problems.append(
             f"parallel.tp={layout.tp} crosses nodes of {machine.gpus_per_node} GPUs; keep it inside"
         )
-    available = plan.nodes * machine.gpus_per_node
+    nodes = max(plan.nodes - engine.nodes, 0)
+    available = nodes * machine.gpus_per_node
     if machine.accelerator and layout.world_size > available:
         problems.append(
-            f"parallel.* needs {layout.world_size} GPUs, {plan.nodes} nodes have {available}"
+            f"parallel.* needs {layout.world_size} GPUs, {nodes} nodes have {available}"
         )
     if machine.accelerator and max(engine.devices or (0,)) >= machine.gpus_per_node:
         problems.append(
             f"rollout.devices={list(engine.devices or ())}: a node has the GPUs 0 to "
             f"{machine.gpus_per_node - 1}"
         )
+    fp8 = plan.workload.trainer.passes.fp8
+    if fp8 is not None and fp8.format not in machine.flops:
+        problems.append(
+            f"precision.train with the recipe {fp8.recipe}: {machine.name} does not multiply in "
+            f"{fp8.format.upper()}; use another recipe or bf16"
+        )
     if not machine.accelerator:
         return problems + _cpu_problems(plan)
+    problems += _engine_node_problems(plan)
     share = plan.fullest
     if share.total > machine.usable_memory:
         beside = f", {gib(share.engine)} of them the engine's" if share.engine else ""
@@ -269,10 +286,20 @@ def _problems(plan: Plan) -> list[str]:
         )
     if plan.host.total > machine.host_memory:
         problems.append(
-            f"host memory: {gib(plan.host.total)} on the first node, which has "
+            f"host memory: {gib(plan.host.total)} on {plan.host.name}, which has "
             f"{gib(machine.host_memory)}"
         )
     return problems
+
+
+def _engine_node_problems(plan: Plan) -> Iterator[str]:
+    engine, gpus = plan.workload.engine, plan.machine.gpus_per_node
+    share = len(engine.devices) // engine.per_host if engine.devices else gpus // engine.per_host
+    if engine.nodes and engine.tp > share:
+        yield (
+            f"rollout.nodes={engine.nodes}: tensor_parallel_size={engine.tp} for each of "
+            f"{engine.per_host} engines on a node, which has {share} GPUs for each"
+        )
 
 
 def _cpu_problems(plan: Plan) -> list[str]:
@@ -298,14 +325,27 @@ def _warnings(plan: Plan) -> list[str]:
     available = plan.nodes * machine.gpus_per_node
     if machine.accelerator and used < available:
         warnings.append(f"the run uses {used} of {available} GPUs on {plan.nodes} nodes")
+    if machine.accelerator and plan.host.arena > machine.host_memory / 2:
+        warnings.append(
+            f"{gib(plan.host.arena)} of weights in /dev/shm of {plan.host.name}: more than half of "
+            "its memory, which is what Linux allows unless /dev/shm is mounted with another size"
+        )
     return warnings
 
 
 def _gpus(layout: Layout, engine: EngineSettings, machine: Machine) -> int:
-    """GPUs up to the last one that trainer or engines use; those of engines are on the first
-    host."""
+    """GPUs up to the last one that trainer or engines use; the latter are on the first host, unless
+    they have nodes."""
+    if engine.nodes:
+        return layout.world_size + engine.engines * engine.tp
     last = max(engine.devices or (0,)) + 1
     return max(layout.world_size, min(last, machine.gpus_per_node))
+
+
+def _nodes(layout: Layout, engine: EngineSettings, machine: Machine) -> int:
+    """As few as trainer and engines need."""
+    gpus = layout.world_size if engine.nodes else _gpus(layout, engine, machine)
+    return -(-gpus // machine.gpus_per_node) + engine.nodes
 
 
 def gib(nbytes: float) -> str:

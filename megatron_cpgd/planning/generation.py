@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.memory import EngineMemory, EngineSettings
 from megatron_cpgd.planning.model import Model
-from megatron_cpgd.planning.state import BYTES
+from megatron_cpgd.weights.quantize import BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,7 @@ def generation_seconds(
     iterations = max(tokens / limit, float(requests.longest))
     concurrent = tokens / iterations
     prompts = requests.prompts / engine.engines * requests.prompt_tokens
-    flops = machine.flops[engine.precision] * machine.efficiency.dense * engine.tp
-    prefill = model.forward_flops(prompts, requests.prompt_tokens) / flops
+    prefill = _compute_s(model, machine, engine, prompts, requests.prompt_tokens)
     decode = iterations * iteration_seconds(model, machine, engine, concurrent, context)
     return GenerationSeconds(
         prefill=prefill * factor, decode=decode * factor, concurrent=concurrent,
@@ -71,17 +70,36 @@ def iteration_seconds(
 ) -> float:
     """One token for each of so many sequences: reading weights and cache or computing, whichever
     takes longer; two sums over the engine's GPUs per layer; the engine's own work."""
-    efficiency, element = machine.efficiency, BYTES[engine.precision]
-    read = element * _touched_parameters(model, sequences) / engine.tp
-    read += sequences * context * model.kv_bytes(engine.tp, element)
+    efficiency = machine.efficiency
+    read = _read_bytes(model, engine, sequences) / engine.tp
+    read += sequences * context * model.kv_bytes(engine.tp, engine.cache_element)
     memory_s = read / (machine.bandwidth * efficiency.bandwidth)
-    flops = model.forward_flops(sequences, 2 * context) / engine.tp  # every token sees all before
-    compute_s = flops / (machine.flops[engine.precision] * efficiency.dense)
+    # Every token sees all before it.
+    compute_s = _compute_s(model, machine, engine, sequences, 2 * context)
     sums = 2 * model.decoder.layers
-    payload = 2 * sequences * model.decoder.hidden * element
+    payload = 2 * sequences * model.decoder.hidden * engine.element
     link_s = sums * machine.transfer_s(payload, engine.tp)
     own = efficiency.iteration_s + efficiency.sequence_s * sequences
     return max(memory_s, compute_s) + link_s + own
+
+
+def _compute_s(
+    model: Model, machine: Machine, engine: EngineSettings, tokens: float, length: float
+) -> float:
+    """One forward pass; attention and head are never in FP8."""
+    fp8 = engine.precision == "fp8_block"
+    plain = machine.product_rate("fp32" if engine.precision == "fp32" else "bf16")
+    low = machine.product_rate("bf16", "fp8") if fp8 else plain
+    layers = 2 * tokens * (model.active_parameters - model.vocab_matrix)
+    rest = model.forward_flops(tokens, length) - layers
+    return (layers / low + rest / plain) / (machine.efficiency.dense * engine.tp)
+
+
+def _read_bytes(model: Model, engine: EngineSettings, tokens: float) -> float:
+    """Bytes of weights that a decoding iteration reads, over all GPUs of the engine."""
+    layers = _touched_parameters(model, tokens) - model.vocab_matrix
+    of_linear = 1 + 4 / BLOCK**2 if engine.precision == "fp8_block" else engine.element
+    return layers * of_linear + model.vocab_matrix * engine.element
 
 
 def _touched_parameters(model: Model, tokens: float) -> float:

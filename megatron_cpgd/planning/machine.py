@@ -2,7 +2,8 @@
 
 Data sheets: NVIDIA "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (2023), "H200 Tensor Core
 GPU" (2024) and "DGX B200" (2024); all rates are without sparsity and per direction. Memory is what
-the driver reports of it. Network and host memory are those of a DGX of the same generation.
+the driver reports of it. Network and host memory (32 modules of 64 GB) are those of a DGX of the
+same generation.
 """
 
 import os
@@ -30,6 +31,9 @@ class Efficiency:
     """Share of the peak that dense matrix products and attention reach, without waiting."""
     experts: float = 0.25
     """The same of the grouped products of experts, which are small and uneven."""
+    fp8: float = 0.75
+    """Share of the FP8 peak over the bf16 one that products in FP8 gain, their casts included: on
+    Hopper 1.5 of 2."""
     bandwidth: float = 0.6
     """Share of the memory bandwidth that decoding and elementwise steps reach."""
     moves: float = 4.0
@@ -47,8 +51,9 @@ class Efficiency:
     """The engine's own work for one decoding iteration."""
     sequence_s: float = 10e-6
     """The engine's own work for one token of one sequence."""
-    host_copy: float = 2e9
-    """Bytes per second of a weight through the arena: written, summed twice, read."""
+    host_copy: float = 5e9
+    """Bytes per second of a weight through the arena: written by one process at 10 GB/s, summed
+    twice by 16 threads of 2 GB/s."""
     train_factor: float = 1.0
     """Measured / predicted time of the trainer's passes."""
     generate_factor: float = 1.0
@@ -78,7 +83,8 @@ class Machine:
     bandwidth: float
     """Bytes per second of a GPU's memory."""
     flops: dict[str, float]
-    """Peak of dense matrix products per second, by number format."""
+    """Peak of dense matrix products per second, by number format: fp8 with factors of any kind,
+    mxfp8 with one for 32 numbers."""
     nvlink: float
     """Bytes per second between the GPUs of a node."""
     network: float
@@ -94,6 +100,13 @@ class Machine:
     def usable_memory(self) -> int:
         """Bytes of `memory` that a plan may fill."""
         return int(self.efficiency.usable * self.memory)
+
+    def product_rate(self, precision: str, fp8: str | None = None) -> float:
+        """FLOPs per second of ideal products: in this format of FP8 if the machine has it, else in
+        `precision`."""
+        if fp8 not in self.flops:
+            return self.flops[precision]
+        return self.efficiency.fp8 * self.flops[fp8]
 
     def link(self, ranks: int) -> tuple[float, float]:
         """Bytes per second and latency of a collective over so many neighbouring ranks."""
@@ -111,33 +124,34 @@ class Machine:
 
 
 def _gpu(
-    name: str, *, memory_mib: int, bandwidth: float, bf16: float, fp8: float | None, fp32: float,
-    nvlink: float, network: float, pcie: float,
+    name: str, *, memory_mib: int, bandwidth: float, flops: dict[str, float], nvlink: float,
+    network: float, pcie: float,
 ) -> Machine:  # fmt: skip
-    flops = {"bf16": bf16, "fp32": fp32} | ({"fp8": fp8} if fp8 else {})
     return Machine(
         name=name, gpus_per_node=8, memory=memory_mib * 2**20, bandwidth=bandwidth, flops=flops,
-        nvlink=nvlink, network=network, pcie=pcie, host_memory=2 * 10**12,
+        nvlink=nvlink, network=network, pcie=pcie, host_memory=32 * 64 * GIB,
     )  # fmt: skip
 
 
+HOPPER = {"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}
 GPUS = {
     machine.name: machine
     for machine in (
         _gpu(
-            "a100", memory_mib=81_920, bandwidth=2.039e12, bf16=312e12, fp8=None, fp32=19.5e12,
+            "a100", memory_mib=81_920, bandwidth=2.039e12, flops={"bf16": 312e12, "fp32": 19.5e12},
             nvlink=300e9, network=25e9, pcie=32e9,
         ),
         _gpu(
-            "h100", memory_mib=81_559, bandwidth=3.35e12, bf16=989e12, fp8=1979e12, fp32=67e12,
+            "h100", memory_mib=81_559, bandwidth=3.35e12, flops=HOPPER,
             nvlink=450e9, network=50e9, pcie=64e9,
         ),
         _gpu(
-            "h200", memory_mib=143_771, bandwidth=4.8e12, bf16=989e12, fp8=1979e12, fp32=67e12,
+            "h200", memory_mib=143_771, bandwidth=4.8e12, flops=HOPPER,
             nvlink=450e9, network=50e9, pcie=64e9,
         ),
         _gpu(
-            "b200", memory_mib=183_359, bandwidth=8e12, bf16=2250e12, fp8=4500e12, fp32=75e12,
+            "b200", memory_mib=183_359, bandwidth=8e12,
+            flops={"bf16": 2250e12, "fp8": 4500e12, "mxfp8": 4500e12, "fp32": 75e12},
             nvlink=900e9, network=50e9, pcie=64e9,
         ),
     )
@@ -157,8 +171,8 @@ def cpu_machine() -> Machine:
         accelerator=False,
         efficiency=Efficiency(
             dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
-            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 4,
-            fragmentation=0.1,
+            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 8,
+            fragmentation=0.05,
         ),
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Memory of the ranks, of the engine and of the hosts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_cpgd.planning.activations import (
     Passes,
@@ -8,15 +9,19 @@ from megatron_cpgd.planning.activations import (
     stage_activations,
     working_bytes,
 )
+from megatron_cpgd.planning.fp8 import weight_copies
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GIB, Machine
 from megatron_cpgd.planning.model import Model
-from megatron_cpgd.planning.state import BYTES, Precision, state_bytes
+from megatron_cpgd.planning.state import BYTES, read_elements, state_bytes
 
 REFERENCE_PIECE = 16 << 20
 """As PIECE_BYTES of policy/reference.py."""
 HOST_PROCESS = 3 * GIB
 """Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
+HEAP_LOSS = 9.0
+"""How many times as much the heap of a CPU process loses where buffers of tensor parallelism come
+and go between activations; measured, and gone with MALLOC_MMAP_THRESHOLD_=65536."""
 TOKEN_RECORD = 64
 """Bytes of a token of the batch on the host: ids, log-probs, advantage, coefficients."""
 
@@ -27,6 +32,8 @@ class RankMemory:
 
     stage: int
     weights: int
+    fp8_copies: int
+    """Of the weights, where layers multiply in FP8."""
     gradients: int
     optimizer: int
     activations: int
@@ -38,7 +45,8 @@ class RankMemory:
     mapped: int
     """On CPU: pages of the arena and of the checkpoint that the rank has touched."""
     overhead: int
-    """Context, communicators and workspaces, and what the allocator loses."""
+    """Context, communicators, workspaces, and what the allocator loses; on CPU with a distributed
+    optimizer also a copy of the gradients."""
     leaves: int
     """Of all this, what is gone while engines that sleep otherwise are awake: what only passes
     need, and with `optim.offload` the state."""
@@ -46,8 +54,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.working
-            + self.reference + self.mapped + self.overhead
+            self.weights + self.fp8_copies + self.gradients + self.optimizer + self.activations
+            + self.working + self.reference + self.mapped + self.overhead
         )  # fmt: skip
 
     @property
@@ -75,8 +83,9 @@ class EngineMemory:
 class HostMemory:
     """Bytes of the busiest host."""
 
+    name: str
     arena: int
-    """All weights in shared memory, between trainer and engine."""
+    """All weights in shared memory, between trainer and engine, and in bf16 what becomes FP8."""
     reference: int
     """The pinned shards of its ranks."""
     offload: int
@@ -109,7 +118,7 @@ class EngineSettings:
     """The sampling engines."""
 
     tp: int
-    precision: Precision
+    precision: Literal["bf16", "fp32", "fp8_block"]
     utilization: float
     """Share of a GPU's memory that an engine claims."""
     max_sequences: int
@@ -118,13 +127,33 @@ class EngineSettings:
     engines: int = 1
     devices: tuple[int, ...] | None = None
     """GPUs of the first host that the engines take in equal shares; None: each takes the first."""
+    nodes: int = 0
+    """Nodes of their own, which they fill in equal shares; 0: they are on the trainer's first."""
+    fp8_cache: bool = False
     sleeps: bool = False
     """Gives its memory back while the trainer works."""
     in_place: bool = False
     """Reads the weights in the trainer's memory: there is no arena."""
 
+    @property
+    def element(self) -> int:
+        """Bytes of a number that is not in FP8."""
+        return BYTES["fp32" if self.precision == "fp32" else "bf16"]
+
+    @property
+    def cache_element(self) -> int:
+        """Bytes of a number of the KV cache."""
+        return 1 if self.fp8_cache else self.element
+
+    @property
+    def per_host(self) -> int:
+        """Engines on each host that has some."""
+        return -(-self.engines // max(self.nodes, 1))
+
     def on_gpu(self, gpu: int) -> int:
-        """How many engines have a part of theirs on this GPU of the first host."""
+        """How many engines have a part of theirs on this GPU of the trainer's first host."""
+        if self.nodes:
+            return 0
         if self.devices is None:
             return self.engines if gpu < self.tp else 0
         share = len(self.devices) // self.engines
@@ -150,13 +179,20 @@ def rank_memory(
     reference = 0
     if settings.reference:
         reference = REFERENCE_PIECE if machine.accelerator else state.weights
-    mapped = 0
-    if not machine.accelerator:  # rank 0 reads the whole arena to sum it
-        mapped = passes.element * model.parameters + state.weights
-    lost = machine.efficiency.fragmentation * (activations + working)
+    mapped, lost = 0, machine.efficiency.fragmentation * (activations + working)
+    if not machine.accelerator:
+        # Rank 0 reads the whole arena to sum it; checkpoints have the precision of the policy.
+        touched = model.parameters + read_elements(model, layout, stage)
+        mapped = passes.element * touched
+        if layout.tp > 1:
+            lost *= HEAP_LOSS
+        if settings.distributed_optimizer:
+            lost += state.gradients  # gloo scatters the sums out of a copy
     away = state.total if settings.offloads else 0
     return RankMemory(
-        stage=stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer,
+        stage=stage, weights=state.weights,
+        fp8_copies=weight_copies(model, layout, stage, passes.fp8),
+        gradients=state.gradients, optimizer=state.optimizer,
         activations=int(activations), working=int(working), reference=reference, mapped=mapped,
         overhead=int(machine.efficiency.rank_memory + lost),
         leaves=int(activations + working + lost) + away,
@@ -165,9 +201,8 @@ def rank_memory(
 
 def engine_memory(model: Model, settings: EngineSettings, machine: Machine) -> EngineMemory:
     """Of one GPU of an engine, cut by tensor parallelism alone."""
-    element = BYTES[settings.precision]
-    weights = element * model.parameters // settings.tp
-    per_token = model.kv_bytes(settings.tp, element)
+    weights = model.checkpoint_bytes[settings.precision] // settings.tp
+    per_token = model.kv_bytes(settings.tp, settings.cache_element)
     if settings.cache_bytes is not None:
         cache, claimed = settings.cache_bytes, weights + settings.cache_bytes
     else:
@@ -184,7 +219,7 @@ def host_memory(
     model: Model, layout: Layout, settings: TrainerSettings, engine: EngineSettings,
     machine: Machine, *, batch_tokens: int, routes: bool,
 ) -> HostMemory:  # fmt: skip
-    """Of the host with rank 0 and the engine.
+    """Of the host with rank 0 and the engines, or of those two hosts the one with more.
 
     Args:
         batch_tokens: prompts and responses of a step.
@@ -202,12 +237,26 @@ def host_memory(
     kept = max(state.weights + state.optimizer for state in states) if settings.offloads else 0
     route_bytes = 2 * len(model.decoder.moe_layers) * model.top_k if routes else 0
     held = machine.accelerator and settings.reference  # else it is counted with the rank
-    workers = min(engine.tp * engine.engines, machine.gpus_per_node)
-    processes = HOST_PROCESS * (ranks + workers) if machine.accelerator else 0
-    return HostMemory(
-        arena=0 if engine.in_place else BYTES[engine.precision] * model.parameters,
-        reference=weights * ranks if held else 0,
-        offload=kept * ranks,
+    process = HOST_PROCESS if machine.accelerator else 0
+    arena = model.checkpoint_bytes[engine.precision]
+    if engine.precision == "fp8_block":
+        arena += model.checkpoint_bytes["staging"]
+    workers = process * min(engine.tp * engine.per_host, machine.gpus_per_node)
+    trainer = HostMemory(
+        name="the first node", arena=0 if engine.in_place else arena,
+        reference=weights * ranks if held else 0, offload=kept * ranks,
         batch=batch_tokens * (TOKEN_RECORD + route_bytes) * ranks,
-        processes=processes,
+        processes=process * ranks + workers,
+    )  # fmt: skip
+    if not engine.nodes:
+        return trainer
+    trainer = replace(trainer, arena=0, processes=process * ranks)
+    apart = HostMemory(
+        name="a node of engines",
+        arena=arena,
+        reference=0,
+        offload=0,
+        batch=0,
+        processes=process + workers,
     )
+    return max(trainer, apart, key=lambda host: host.total)

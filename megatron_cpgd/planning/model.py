@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from megatron_cpgd.weights.decoder import Decoder
+from megatron_cpgd.weights.quantize import Tensors, is_quantized, quantized_tensors
 from megatron_cpgd.weights.registry import read_decoder, weight_table
-from megatron_cpgd.weights.table import Entry, Split
+from megatron_cpgd.weights.table import Entry, Split, WeightTable
+from megatron_cpgd.weights.tensor_file import tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Parameter:
     expert: bool
     trained: bool
     """False: a buffer, which has neither gradient nor optimizer state."""
+    linear: bool
+    """A matrix that may be multiplied in FP8; routers are not."""
 
     @property
     def elements(self) -> int:
@@ -42,6 +48,9 @@ class Model:
     layers: tuple[Counter[Parameter], ...]
     """Parameters of each layer, with how many there are of each kind; equal layers are one object,
     so that sums over them can be kept."""
+    checkpoint_bytes: Mapping[str, int]
+    """Of all tensors as the engine reads them, by the number format of its weights; `staging`: of
+    those that become FP8, in bf16."""
 
     @property
     def vocab_matrix(self) -> int:
@@ -54,6 +63,16 @@ class Model:
         heads = 1 if self.decoder.tied else 2
         inside = sum(_elements(layer) for layer in self.layers)
         return inside + heads * self.vocab_matrix + self.decoder.hidden
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of them, those of experts."""
+        return sum(
+            each.elements * count
+            for layer in self.layers
+            for each, count in layer.items()
+            if each.expert
+        )
 
     @cached_property
     def layer_matmuls(self) -> tuple[tuple[int, int], ...]:
@@ -118,14 +137,31 @@ def read_model(hf: Mapping[str, Any]) -> Model:
     """
     decoder = read_decoder(hf)
     layers: list[Counter[Parameter]] = [Counter() for _ in range(decoder.layers)]
-    for entry in weight_table(hf).entries:
+    table = weight_table(hf)
+    for entry in table.entries:
         found = re.match(r"decoder\.layers\.(\d+)\.", entry.name)
         if found:
             layers[int(found[1])][_parameter(entry)] += 1
     same: dict[Any, Counter[Parameter]] = {}
     shared = tuple(same.setdefault(frozenset(layer.items()), layer) for layer in layers)
     top_k = int(hf.get("num_experts_per_tok") or 0) if decoder.experts else 0
-    return Model(decoder=decoder, top_k=top_k, layers=shared)
+    return Model(
+        decoder=decoder, top_k=top_k, layers=shared, checkpoint_bytes=_checkpoint_bytes(table)
+    )
+
+
+def _checkpoint_bytes(table: WeightTable) -> dict[str, int]:
+    bf16 = table.hf_tensors(torch.bfloat16)
+    return {
+        "bf16": _tensor_bytes(bf16),
+        "fp32": _tensor_bytes(table.hf_tensors(torch.float32)),
+        "fp8_block": _tensor_bytes(quantized_tensors(bf16)),
+        "staging": _tensor_bytes({name: bf16[name] for name in bf16 if is_quantized(name)}),
+    }
+
+
+def _tensor_bytes(tensors: Tensors) -> int:
+    return sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values())
 
 
 def _elements(layer: Counter[Parameter]) -> int:
@@ -134,4 +170,5 @@ def _elements(layer: Counter[Parameter]) -> int:
 
 def _parameter(entry: Entry) -> Parameter:
     trained = not entry.name.endswith("router.expert_bias")
-    return Parameter(entry.shape, entry.split, entry.expert, trained)
+    linear = len(entry.shape) == 2 and not entry.name.endswith("router.weight")
+    return Parameter(entry.shape, entry.split, entry.expert, trained, linear)

@@ -6,7 +6,7 @@ exchange of context parallelism.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_cpgd.planning.activations import Passes, expert_imbalance, layer_bytes
 from megatron_cpgd.planning.layout import Layout
@@ -151,14 +151,20 @@ def _compute_s(
     tokens: float, length: float, *, work: float, attention: float, head: float,
 ) -> float:  # fmt: skip
     """2 FLOPs per token and matrix element, attention as in `Model.forward_flops`, all cut over the
-    tensor- and context-parallel ranks."""
-    ranks = layout.tp * layout.cp
-    dense = 2 * work * sum(model.layer_matmuls[i][0] for i in layers)
-    dense += attention * len(layers) * model.attention_width * length
-    dense += 2 * head * model.vocab_matrix
-    experts = 2 * work * sum(model.layer_matmuls[i][1] for i in layers) * expert_imbalance(layout)
-    peak, efficiency = machine.flops[passes.precision], machine.efficiency
-    return tokens / ranks * (dense / efficiency.dense + experts / efficiency.experts) / peak
+    tensor- and context-parallel ranks. Attention and head are never in FP8; a router, which is not
+    either, counts as if it were."""
+    ranks, efficiency = layout.tp * layout.cp, machine.efficiency
+    plain = machine.product_rate(passes.precision)
+    low = machine.product_rate(passes.precision, passes.fp8.format) if passes.fp8 else plain
+    seconds = attention * len(layers) * model.attention_width * length / efficiency.dense / plain
+    seconds += 2 * head * model.vocab_matrix / efficiency.dense / plain
+    for layer in layers:
+        dense, experts = model.layer_matmuls[layer]
+        covered = passes.fp8 is not None and passes.fp8.covers(layer, model.decoder.layers)
+        rate = low if covered else plain
+        seconds += 2 * work * dense / efficiency.dense / rate
+        seconds += 2 * work * experts * expert_imbalance(layout) / efficiency.experts / rate
+    return tokens / ranks * seconds
 
 
 def _elementwise_s(
@@ -166,7 +172,9 @@ def _elementwise_s(
     tokens: float, *, head: bool,
 ) -> float:  # fmt: skip
     """Forward and backward, bound by memory: what is saved stands for what is moved, and fp32
-    logits for the steps of the log-probs."""
+    logits for the steps of the log-probs. FP8 saves less but moves as much; its casts count with
+    the products."""
+    passes = replace(passes, fp8=None)
     saved = sum(layer_bytes(model, layout, layer, passes) for layer in layers)
     if head:
         saved += 4 * model.decoder.vocab / layout.tp

@@ -94,6 +94,7 @@ def _memory(plan: Plan) -> str:
     worst, beside = plan.worst, plan.beside(plan.worst.stage)
     parts = {
         "weights": worst.weights,
+        "FP8 copies": worst.fp8_copies,
         "gradients": worst.gradients,
         "optimizer": worst.optimizer,
         "activations": worst.activations,
@@ -115,7 +116,8 @@ def _memory(plan: Plan) -> str:
         rows.append(["other stages", f"{gib(low.total)} to {gib(high.total)}"])
     rows.append(["engine's GPU", gib(plan.engine.claimed)])
     rows.append(["  KV cache", f"{plan.engine.cache_tokens} tokens"])
-    rows.append(["host", f"{gib(plan.host.total)}, {gib(plan.host.arena)} of them in /dev/shm"])
+    shared = f", {gib(plan.host.arena)} of them in /dev/shm" if plan.host.arena else ""
+    rows.append(["host", f"{gib(plan.host.total)} on {plan.host.name}{shared}"])
     return _table(rows)
 
 

@@ -164,7 +164,25 @@ def _changes(planner: Planner, *, grow: bool) -> list[Overrides]:
         engine = int(config.rollout.engine_args.get("tensor_parallel_size") or 1) * factor
         if engine <= planner.machine.gpus_per_node:
             changes.append({"rollout.engine_args.tensor_parallel_size": engine})
-    return changes
+    return changes + list(_engine_nodes(planner)) if grow else changes
+
+
+def _engine_nodes(planner: Planner) -> Iterator[Overrides]:
+    """A node of their own for as many engines as it holds; for large ones with FP8 weights too."""
+    config, machine = planner.config, planner.machine
+    if not machine.accelerator or config.rollout.nodes:
+        return
+    size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1)
+    while size <= machine.gpus_per_node:
+        apart: Overrides = {
+            "rollout.nodes": 1,
+            "rollout.engines": machine.gpus_per_node // size,
+            "rollout.engine_args.tensor_parallel_size": size,
+        }
+        yield apart
+        if config.precision.engine_weights == "bf16":
+            yield apart | {"precision.rollout": "fp8_block"}
+        size *= 2
 
 
 def _turns(planner: Planner) -> Iterator[Overrides]:
@@ -182,7 +200,7 @@ def _engine_gpus(planner: Planner) -> Iterator[Overrides]:
     """GPUs of their own for the engines: idle ones of the first host, or half of the trainer's."""
     config, machine = planner.config, planner.machine
     sizes, engines = config.parallel, config.rollout.engines
-    if not machine.accelerator or config.rollout.devices is not None:
+    if not machine.accelerator or config.rollout.devices is not None or config.rollout.nodes:
         return
     size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1) * engines
     first, half = sizes.world_size, sizes.world_size // 2

@@ -80,6 +80,21 @@ def stage_elements(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     return dense, experts
 
 
+def read_elements(model: Model, layout: Layout, stage: int) -> int:
+    """Elements in pages of a checkpoint that a rank of one stage reads: its own, and where columns
+    are cut those of the whole matrix."""
+    total = 0
+    for chunk in layout.stage(stage, model.decoder.layers):
+        dense, experts, _ = _chunk_elements(model, layout, chunk)
+        total += dense.exact + experts.exact
+        for layer in chunk.layers:
+            for parameter, count in model.layers[layer].items():
+                if parameter.split == "columns":
+                    held = count // layout.ep if parameter.expert else count
+                    total += held * (parameter.elements - local_elements(parameter, layout))
+    return total
+
+
 def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elements, _Elements, int]:
     """(dense, experts, elements of fp32 buffers) of one rank's chunk."""
     dense, experts, fixed = _Elements(), _Elements(), 0
@@ -87,7 +102,7 @@ def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elemen
     layers = {id(model.layers[i]): model.layers[i] for i in chunk.layers}
     for key, times in counts.items():
         for parameter, count in layers[key].items():
-            local = _local_elements(parameter, layout)
+            local = local_elements(parameter, layout)
             if not parameter.trained:
                 fixed += local * count * times
             elif parameter.expert:
@@ -106,7 +121,8 @@ def _chunk_elements(model: Model, layout: Layout, chunk: Chunk) -> tuple[_Elemen
     return dense, experts, fixed
 
 
-def _local_elements(parameter: Parameter, layout: Layout) -> int:
+def local_elements(parameter: Parameter, layout: Layout) -> int:
+    """Of one parameter on a rank that has it."""
     if parameter.split == "replicated":
         return parameter.elements
     return parameter.elements // (layout.etp if parameter.expert else layout.tp)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpgd.config.algorithm import BalancedClip
-from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.config.schema import ExperimentConfig, PrecisionConfig
 from megatron_cpgd.planning.activations import passes_of
+from megatron_cpgd.planning.fp8 import Fp8
 from megatron_cpgd.planning.generation import Requests
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.memory import EngineSettings, TrainerSettings
@@ -90,7 +91,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
         trainer=TrainerSettings(
             passes=passes_of(
                 config.precision.policy_weights, config.model.recompute, config.model.megatron,
-                accelerator=machine.accelerator,
+                accelerator=machine.accelerator, fp8=_fp8_settings(config.precision),
             ),
             distributed_optimizer=config.optim.distributed,
             micro_tokens=micro_tokens,
@@ -113,6 +114,12 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
     )  # fmt: skip
 
 
+def _fp8_settings(precision: PrecisionConfig) -> Fp8 | None:
+    if precision.recipe is None:
+        return None
+    return Fp8(recipe=precision.recipe, bf16_layers=precision.bf16_layers)
+
+
 def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettings:
     given: dict[str, Any] = config.rollout.engine_args
     cache = given.get("kv_cache_memory_bytes")
@@ -120,7 +127,7 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
         cache = CPU_CACHE_BYTES
     return EngineSettings(
         tp=int(given.get("tensor_parallel_size") or 1),
-        precision="fp32" if config.precision.engine_weights == "fp32" else "bf16",  # FP8 as bf16
+        precision=config.precision.engine_weights,
         utilization=float(given.get("gpu_memory_utilization") or VLLM_UTILIZATION),
         max_sequences=int(given.get("max_num_seqs") or MAX_SEQUENCES[machine.accelerator]),
         cache_bytes=int(cache) if cache is not None else None,
@@ -128,4 +135,6 @@ def _engine_settings(config: ExperimentConfig, machine: Machine) -> EngineSettin
         devices=tuple(config.rollout.devices) if config.rollout.devices else None,
         in_place=config.rollout.sync == "in_place",
         sleeps=config.rollout.sleep,
+        nodes=config.rollout.nodes,
+        fp8_cache=str(given.get("kv_cache_dtype")).startswith("fp8"),
     )

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.config.schema import ExperimentConfig, PrecisionConfig
 from megatron_cpgd.policy.model import build_chunks
 from megatron_cpgd.policy.parallel import ParallelInfo, init_model_parallel, leave_world
 from megatron_cpgd.policy.shards import iter_weights
@@ -60,7 +60,10 @@ def _build(
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         info = init_model_parallel(config.parallel, seed=0)
-        transformer = build_transformer_config(hf, config.model, config.parallel, config.precision)
+        precision = config.precision
+        if not torch.cuda.is_available():  # FP8 is Transformer Engine's and changes no shape
+            precision = PrecisionConfig(train=precision.policy_weights)
+        transformer = build_transformer_config(hf, config.model, config.parallel, precision)
         transformer.use_cpu_initialization = True  # else upstream names a device for each tensor
         with torch.device("meta"):
             chunks = build_chunks(transformer, hf, info)

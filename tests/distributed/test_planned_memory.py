@@ -8,11 +8,13 @@ import pytest
 
 from megatron_cpgd.planning.activations import Passes, layer_bytes
 from megatron_cpgd.planning.layout import layout_of
+from megatron_cpgd.planning.machine import cpu_machine, with_factors
+from megatron_cpgd.planning.memory import TrainerSettings, rank_memory
 from megatron_cpgd.planning.model import Model, read_model
 from megatron_cpgd.planning.state import state_bytes
-from tests.helpers.plan_jobs import held_bytes_job, saved_bytes_job
+from tests.helpers.plan_jobs import held_bytes_job, resident_bytes_job, saved_bytes_job
 from tests.helpers.ranks import run_distributed
-from tests.helpers.tiny import save_tiny_model, tiny_config
+from tests.helpers.tiny import save_tiny_model, tiny_config, tiny_sequences
 
 pytestmark = pytest.mark.distributed
 
@@ -87,6 +89,37 @@ def test_parameters_of_odd_sizes_leave_gaps_that_the_prediction_counts_as_state(
     assert {rank.weights for rank in held} == {planned.weights}
     worst = max(rank.optimizer for rank in held)
     assert 0 <= planned.optimizer - worst < 0.005 * worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"dp": 2}])
+@pytest.mark.parametrize("hidden", [256, 512])
+def test_the_resident_set_of_a_cpu_rank_is_predicted_to_fifteen_percent(
+    folder: Path, hidden: int, parallel: dict[str, Any]
+) -> None:
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": hidden // 8,
+    }  # fmt: skip
+    path, model = tiny(folder / str(hidden), "qwen3", **sizes)
+    config = tiny_config(
+        path,
+        parallel=parallel,
+        precision={"train": "fp32"},
+        batch={"tokens_per_micro_batch": 1024},
+    )
+    sequences = tiny_sequences(groups=64, size=8)
+    measured = run_distributed(2, resident_bytes_job, config, sequences)[0]
+    settings = TrainerSettings(
+        passes=Passes(precision="fp32", recompute="none", accelerator=False),
+        distributed_optimizer=True, micro_tokens=1024,
+        chunk_tokens=config.batch.logprob_chunk_tokens, reference=False,
+    )  # fmt: skip
+    # The ranks are forks of a process that has loaded the libraries: 64 MiB remain of what a rank
+    # takes for itself.
+    machine = with_factors(cpu_machine(), rank_memory=64 << 20)
+    planned = rank_memory(model, layout_of(config.parallel), 0, settings, machine)
+    assert planned.total / 2**30 == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(

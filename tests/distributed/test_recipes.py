@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_cpgd.config.fp8_checks import check_fp8_sizes
 from tests.helpers.layout_jobs import (
+    FP8_RECIPES,
     MODELS,
     RECIPES,
     Layout,
@@ -36,12 +38,51 @@ def test_a_recipe_is_named_after_its_layout(recipe):
     sizes, mixture = layout.config.parallel, "moe_intermediate_size" in layout.hf
     axes = {"tp": sizes.tp, "pp": sizes.pp, "cp": sizes.cp, "ep": sizes.ep}
     name = "".join(f"{axis}{size}" for axis, size in axes.items() if size > 1)
-    model = layout.config.model.path.name.lower()
-    assert recipe.stem == f"cpgd-{model}-{sizes.world_size // 8}n8g-{name}"
+    model, apart = layout.config.model.path.name.lower(), layout.config.rollout.nodes
+    nodes = f"{sizes.world_size // 8}+{apart}" if apart else sizes.world_size // 8
+    assert recipe.stem == f"cpgd-{model}-{nodes}n8g-{name}"
+    ahead = ["cpgd_math_ahead.yaml"] if apart else []
     assert yaml.safe_load(recipe.read_text())["defaults"] == [
-        "cpgd_math_moe.yaml" if mixture else "cpgd_math.yaml"
+        "cpgd_math_moe.yaml" if mixture else "cpgd_math.yaml",
+        *ahead,
     ]
     assert layout.config.run.dir.name == recipe.stem
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES, ids=lambda path: path.stem)
+def test_an_fp8_recipe_is_another_one_with_other_number_formats(recipe):
+    base = recipe.with_stem(recipe.stem.replace("-fp8", ""))
+    assert yaml.safe_load(recipe.read_text())["defaults"] == [base.name, "cpgd_fp8.yaml"]
+    layout, plain = read_recipe(recipe).config, read_recipe(base).config
+    assert (layout.model, layout.parallel) == (plain.model, plain.parallel)
+    assert layout.precision.recipe == "blockwise"
+    assert layout.precision.engine_weights == "fp8_block"
+    assert layout.algorithm.correction.type != "none"
+    assert layout.run.dir.name == recipe.stem
+
+
+def test_models_without_an_fp8_recipe_have_matrices_that_blocks_do_not_fit():
+    made = {read_recipe(path).config.model.path.name for path in FP8_RECIPES}
+    without = {
+        layout.config.model.path.name: layout
+        for layout in map(read_recipe, RECIPES)
+        if layout.config.model.path.name not in made
+    }
+    # Of Qwen2.5-72B an MLP has 29568 = 3 * 7 * 11 * 128 rows, of GLM-4.5-Air 10944 = 85.5 * 128.
+    assert without.keys() == {"Qwen2.5-72B", "GLM-4.5-Air"}
+    for name, layout in without.items():
+        for precision in ({"train": "fp8_blockwise"}, {"rollout": "fp8_block"}):
+            settings = layout.config.model_dump(mode="json") | {"precision": precision}
+            config = type(layout.config).model_validate(settings)
+            assert list(check_fp8_sizes(layout.hf, Path(name), config)), precision
+
+
+def test_a_rank_of_a_mixture_in_fp8_is_checked_without_transformer_engine():
+    [recipe] = [path for path in FP8_RECIPES if "30b-a3b" in path.stem]
+    layout = read_recipe(recipe)
+    run_distributed(
+        1, check_ranks_job, Layout(layout.config, layout.hf | {"num_hidden_layers": 2}), [9]
+    )
 
 
 @recipes

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 
 from megatron_cpgd.config.checks import check_config
 from megatron_cpgd.config.load import load_config
@@ -17,7 +18,10 @@ from megatron_cpgd.errors import ConversionError
 from megatron_cpgd.policy.dry_run import check_rank, placement
 
 MODELS = Path("configs/models")
-RECIPES = sorted(Path("configs").glob("cpgd-*.yaml"))
+ALL_RECIPES = sorted(Path("configs").glob("cpgd-*.yaml"))
+RECIPES = [path for path in ALL_RECIPES if "-fp8-" not in path.stem]
+FP8_RECIPES = [path for path in ALL_RECIPES if "-fp8-" in path.stem]
+"""Each inherits one of the others, and with it the layout."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,16 @@ class Layout:
 
 def read_recipe(path: Path) -> Layout:
     """A recipe with the shipped config.json of the model that its `model.path` ends in."""
-    [line] = [line for line in path.read_text().splitlines() if line.startswith("  path: /models/")]
-    folder = MODELS / line.rpartition("/")[2]
+    folder = MODELS / _model_name(path)
     config = load_config(path, model_config=folder)
     return Layout(config, json.loads((folder / "config.json").read_text()))
+
+
+def _model_name(path: Path) -> str:
+    settings = yaml.safe_load(path.read_text())
+    if "model" in settings:
+        return Path(settings["model"]["path"]).name
+    return _model_name(path.parent / settings["defaults"][0])
 
 
 def random_layout(recipe: Layout, random: Random, folder: Path, *, layers: int = 6) -> Layout:

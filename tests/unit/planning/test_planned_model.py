@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from megatron_cpgd.planning.layout import Layout
+from megatron_cpgd.planning.state import read_elements
 from tests.helpers.planning import MODELS, public_model
 
 PUBLISHED: dict[str, int] = yaml.safe_load((MODELS / "parameters.yaml").read_text())
@@ -69,3 +70,14 @@ def test_earlier_stages_keep_more_micro_batches() -> None:
     # more; its 8 chunks of a round bound that: 8 / 2 micro-batches.
     assert Layout(pp=4, vpp=2).in_flight(0) == 4
     assert Layout(pp=4, vpp=2).in_flight(3) == 5 / 2
+
+
+def test_a_rank_reads_whole_pages_of_matrices_that_are_cut_by_columns() -> None:
+    # Qwen3-8B, tp 2: of o 4096^2 and of the last 4096 * 12288 of an MLP all, of the rest of the
+    # layer and of embedding and head a half.
+    model = public_model("Qwen3-8B")
+    halves = (4096**2 + 2 * 1024 * 4096 + 2 * 12288 * 4096) // 2
+    layer = 4096**2 + 4096 * 12288 + halves + 2 * 4096 + 2 * 128
+    ends = 2 * 151_936 // 2 * 4096 + 4096
+    assert read_elements(model, Layout(tp=2), 0) == 36 * layer + ends
+    assert read_elements(model, Layout(), 0) == model.parameters
