@@ -7,7 +7,7 @@ export GLOO_SOCKET_IFNAME ?= lo
 # Python compiles torch and vllm once here instead of in each of many processes.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo demo-moe test test-all test-slurm lint clean
+.PHONY: demo demo-moe test test-all test-slurm gpu-check lint clean
 
 demo: $(BIN)/.synced
 	$(BIN)/python tools/demo.py $(ARGS)
@@ -31,6 +31,10 @@ test-slurm: $(BIN)/.synced
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
 	    --no-install-recommends slurmctld slurmd slurm-client munge; fi
 	$(BIN)/python -m pytest tests/e2e/test_slurm.py -m slurm $(ARGS)
+
+# What only a machine with NVIDIA GPUs can show: make gpu-check EXTRA=gpu ARGS=--quick
+gpu-check: $(BIN)/.synced
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lint: $(BIN)/.synced
 	$(BIN)/ruff check

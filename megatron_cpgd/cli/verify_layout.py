@@ -38,7 +38,7 @@ def add_parser(commands: Commands) -> None:
     choice.add_argument(
         "--engine",
         action="store_true",
-        help="build vLLM's tensor-parallel ranks instead, and check what its loaders take",
+        help="build vLLM's ranks instead, and check what its loaders take",
     )
     parser.set_defaults(run=run)
 

@@ -1,5 +1,6 @@
-"""The engine's model of any tensor-parallel rank, without its processes and its memory."""
+"""The engine's model of any of its ranks, without their processes and their memory."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,30 +27,36 @@ def check_engine(folder: Path, table: WeightTable, rollout: RolloutConfig) -> li
         folder: with config.json.
 
     Returns:
-        Parameters of each tensor-parallel rank.
+        Parameters of each rank, stage by stage.
 
     Raises:
         ConfigError: the engine is cut in other ways too.
         ConversionError: names the tensors or parameters that are not.
     """
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        if rollout.engine_args.get(name, 1) != 1:
-            raise ConfigError(
-                f"rollout.engine_args.{name}={rollout.engine_args[name]}: only engines of "
-                "tensor-parallel ranks can be checked; remove it"
-            )
-    size = int(rollout.engine_args.get("tensor_parallel_size", 1))
-    spread = bool(rollout.engine_args.get("enable_expert_parallel"))
+    arguments = rollout.engine_args
+    if arguments.get("data_parallel_size", 1) != 1:
+        raise ConfigError(
+            f"rollout.engine_args.data_parallel_size={arguments['data_parallel_size']}: only "
+            "tensor-parallel ranks of pipeline stages can be checked; remove it"
+        )
+    size, stages = (
+        int(arguments.get(f"{axis}_parallel_size", 1)) for axis in ("tensor", "pipeline")
+    )
+    spread = bool(arguments.get("enable_expert_parallel"))
     parts: dict[str, dict[str, Index]] = {name: {} for name in table.hf_shapes}
     sizes = []
-    for rank in range(size):
+    for stage, rank in itertools.product(range(stages), range(size)):
         try:
-            model = build_rank(folder, rank=rank, size=size, expert_parallel=spread)
-        except AssertionError as error:
+            model = build_rank(
+                folder, rank=rank, size=size, stage=stage, stages=stages, expert_parallel=spread
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:  # by model
             raise ConversionError(
-                f"vLLM refuses rollout.engine_args.tensor_parallel_size={size}: {error}"
+                f"vLLM refuses rollout.engine_args with pipeline_parallel_size={stages}, "
+                f"tensor_parallel_size={size}: {error!r}"
             ) from error
-        for name, indices in _rehearse(model, table, f"engine rank {rank}").items():
+        where = f"engine rank {stage * size + rank}"
+        for name, indices in _rehearse(model, table, where).items():
             parts[name] |= {str(index): index for index in indices}
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
     wrong = [
@@ -57,7 +64,7 @@ def check_engine(folder: Path, table: WeightTable, rollout: RolloutConfig) -> li
         for name, shape in table.hf_shapes.items()
         if not fills(list(parts[name].values()), shape)
     ]
-    raise_problems(f"the {size} ranks of the engine do not take every element", wrong)
+    raise_problems(f"the {len(sizes)} ranks of the engine do not take every element", wrong)
     return sizes
 
 

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import get_num
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import utils as models_utils
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.utils.network_utils import get_distributed_init_method, get_open_port
@@ -157,8 +158,10 @@ def _abort_reload(model: nn.Module) -> None:
     model._do_torchao_reload = model._original_do_torchao_reload
 
 
-def build_rank(folder: Path, *, rank: int, size: int, expert_parallel: bool) -> nn.Module:
-    """The model of one of `size` tensor-parallel ranks, on the meta device.
+def build_rank(
+    folder: Path, *, rank: int, size: int, stage: int, stages: int, expert_parallel: bool
+) -> nn.Module:
+    """The model of one of `size` tensor-parallel ranks of a pipeline stage, on the meta device.
 
     The process is alone and only believes that it is that rank.
     """
@@ -173,14 +176,23 @@ def build_rank(folder: Path, *, rank: int, size: int, expert_parallel: bool) -> 
             parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
         parallel_state.destroy_model_parallel()  # that of another rank, or of another kind of model
         parallel_state.initialize_model_parallel()
-        sizes.tensor_parallel_size = sizes.world_size = size
-        sizes.rank, sizes.enable_expert_parallel = rank, expert_parallel
-        for group in (parallel_state.get_tp_group(), parallel_state._EP):
-            if group is not None:
-                group.world_size, group.rank_in_group = size, rank
+        sizes.tensor_parallel_size, sizes.pipeline_parallel_size = size, stages
+        sizes.world_size, sizes.rank = size * stages, stage * size + rank
+        sizes.enable_expert_parallel = expert_parallel
+        models_utils._model_to_pp_missing_layer_names.clear()  # by the id of a model, used again
+        _pretend(parallel_state.get_tp_group(), rank, size)
+        _pretend(parallel_state.get_pp_group(), stage, stages)
+        if parallel_state._EP is not None:
+            _pretend(parallel_state._EP, rank, size)
         with torch.device("meta"), set_default_torch_dtype(torch.bfloat16), _expert_maps_on_cpu():
             model: nn.Module = initialize_model(vllm_config=config)
             return model
+
+
+def _pretend(group: parallel_state.GroupCoordinator, rank: int, size: int) -> None:
+    """Make a group of this process alone look like a larger one."""
+    group.ranks, group.rank = list(range(size)), rank
+    group.world_size, group.rank_in_group = size, rank
 
 
 @contextmanager

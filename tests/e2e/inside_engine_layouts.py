@@ -1,12 +1,14 @@
 """Run as a program by test_engine_layouts.py: vLLM changes torch for the process that it runs in.
 
-Argument: a scratch folder.
+Arguments: a scratch folder; for random layouts also the name of a model and how many.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -36,10 +38,12 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def few_layers(name: str, folder: Path) -> dict[str, Any]:
-    """The model with layers of each kind only; its config.json goes to `folder`."""
+def few_layers(name: str, folder: Path, layers: int = 2) -> dict[str, Any]:
+    """The model with so few layers, those of each kind; its config.json goes to `folder`."""
     hf = json.loads((MODELS / name / "config.json").read_text())
-    hf["num_hidden_layers"] = hf.get("first_k_dense_replace", 0) + 1
+    hf["num_hidden_layers"] = layers
+    if "first_k_dense_replace" in hf:
+        hf["first_k_dense_replace"] = 1
     (folder / "config.json").write_text(json.dumps(hf))
     return hf
 
@@ -50,7 +54,7 @@ def check_that_other_models_are_told_apart(folder: Path) -> None:
     for change, message in (
         # What vLLM has and the table lacks, and the other way round.
         ({"model_type": "llama"}, r"q_norm\.weight: 0 of 128 elements are filled"),
-        ({"num_hidden_layers": 2}, r"engine rank 0: vLLM refuses model\.layers\.1\."),
+        ({"num_hidden_layers": 3}, r"engine rank 0: vLLM refuses model\.layers\.2\."),
         # Slices of the right size, of tensors that are too large; then too small.
         ({"intermediate_size": 24576}, r"up_proj\.weight: vLLM takes 2 parts, which do not make"),
         ({"intermediate_size": 6144}, r"vLLM refuses model\.layers\.0\.mlp\.gate_proj\.weight"),
@@ -58,17 +62,60 @@ def check_that_other_models_are_told_apart(folder: Path) -> None:
         with pytest.raises(ConversionError, match=message):
             check_engine(folder, weight_table(hf | change), rollout)
     rollout = RolloutConfig(engine_args={"tensor_parallel_size": 5})
-    with pytest.raises(ConversionError, match=r"vLLM refuses .*tensor_parallel_size=5: .* divisib"):
+    with pytest.raises(ConversionError, match=r"vLLM refuses .*tensor_parallel_size=5: .*divisib"):
         check_engine(folder, weight_table(hf), rollout)
 
 
-def main(folder: Path) -> None:
+def check_known_sizes(folder: Path) -> None:
     for name, cases in SIZES.items():
         hf = few_layers(name, folder)
         for engine_args in cases:
             check_engine(folder, weight_table(hf), RolloutConfig(engine_args=engine_args))
+
+
+def check_random_layouts(name: str, count: int, folder: Path) -> None:
+    """All ranks of each; prints how many there were."""
+    ranks, layouts = 0, Counter()
+    for number in range(count):
+        random = Random(f"{name} {number}")
+        stages = random.randint(1, 4)
+        # vLLM refuses a stage without a layer of experts.
+        hf = few_layers(name, folder, layers=random.randint(2 * stages, 2 * stages + 2))
+        spread = "moe_intermediate_size" in hf and random.random() < 0.5
+        engine_args = {
+            "tensor_parallel_size": random.choice(tensor_parallel_sizes(hf, spread, 16 // stages)),
+            "pipeline_parallel_size": stages,
+            "enable_expert_parallel": spread,
+        }
+        rollout = RolloutConfig(engine_args=engine_args)
+        try:
+            ranks += len(check_engine(folder, weight_table(hf), rollout))
+        except Exception as error:
+            raise AssertionError(f"{engine_args}, {hf['num_hidden_layers']} layers") from error
+        layouts[(*engine_args.values(), hf["num_hidden_layers"])] += 1
+    print(f"{name}: {count} layouts, {len(layouts)} of them different, {ranks} ranks")
+
+
+def tensor_parallel_sizes(hf: dict[str, Any], spread: bool, most: int) -> list[int]:
+    """Those that divide what vLLM cuts; heads of keys are repeated if there are fewer."""
+    cut = [hf["num_attention_heads"], hf["intermediate_size"], hf["vocab_size"]]
+    keys = hf["num_key_value_heads"]
+    if "moe_intermediate_size" in hf and (not spread or hf.get("n_shared_experts")):
+        cut.append(hf["moe_intermediate_size"])
+    return [
+        size
+        for size in range(1, most + 1)
+        if all(length % size == 0 for length in cut) and (keys % size == 0 or size % keys == 0)
+    ]
+
+
+def main(folder: Path, name: str | None = None, count: str = "0") -> None:
+    if name is not None:
+        check_random_layouts(name, int(count), folder)
+        return
+    check_known_sizes(folder)
     check_that_other_models_are_told_apart(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -15,16 +15,21 @@ def convert(direction, source, target, *options):
     return run_cli("convert", direction, source, target, *options, folder=target.parent)
 
 
-@pytest.fixture(scope="module")
-def folders(assets, complete_run, tmp_path_factory):
-    """The initial model there and back, and the last training checkpoint."""
-    folder = tmp_path_factory.mktemp("convert")
-    trained = complete_run.dir / "checkpoints" / "step_000006"
-    for result in (
+def prepare(assets, folder):
+    """The initial model there and back."""
+    return lambda: (
+        folder,
         convert("hf-to-megatron", assets / "model", folder / "megatron", "--dtype", "fp32"),
         convert("megatron-to-hf", folder / "megatron", folder / "back", "--max-shard-gb", "0.0002"),
-        convert("megatron-to-hf", trained, folder / "trained"),
-    ):
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(prepared, complete_run):
+    """The same, and the last training checkpoint."""
+    folder, *results = prepared
+    trained = complete_run.dir / "checkpoints" / "step_000006"
+    for result in (*results, convert("megatron-to-hf", trained, folder / "trained")):
         assert result.code == 0, result.err
     return folder
 

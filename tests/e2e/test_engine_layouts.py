@@ -1,4 +1,4 @@
-"""What vLLM's own loaders take of each tensor, on every tensor-parallel rank of an engine."""
+"""What vLLM's own loaders take of each tensor, on every rank of an engine."""
 
 import os
 import subprocess
@@ -27,6 +27,12 @@ def run(*arguments: object) -> str:
 @pytest.mark.slow
 def test_an_engine_takes_every_element_of_models_with_few_layers(tmp_path):
     run("tests.e2e.inside_engine_layouts", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(path.name for path in MODELS.iterdir() if path.is_dir()))
+def test_the_engines_of_a_hundred_random_layouts_take_every_element(model, tmp_path):
+    print(run("tests.e2e.inside_engine_layouts", tmp_path, model, 100).splitlines()[-1])
 
 
 @pytest.mark.slow

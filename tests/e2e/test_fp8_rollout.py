@@ -1,6 +1,7 @@
 """A run whose engine has FP8 weights: two tensor-parallel ranks, vLLM with the emulated kernel."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,14 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_cpgd.weight_sync import shared_memory
 from megatron_cpgd.weight_sync.arena import quantized_checkpoint
-from tests.helpers.full_run import read_rows, run_cli, settings, write_assets, write_yaml
+from tests.helpers.full_run import read_rows, run_cli, settings, write_yaml
 
 
-@pytest.fixture(scope="module")
-def fp8_run(tmp_path_factory):
-    """(output folder, what the command left) of three steps."""
-    folder = tmp_path_factory.mktemp("fp8")
-    assets = write_assets(folder)
+def prepare(assets, folder):
+    """(output folder, what the command left, its configuration) of three steps."""
+    shutil.copytree(assets, folder, dirs_exist_ok=True)
+    assets = folder
     # vLLM wants parts of 128 rows; each rank's shard ends inside a block.
     config = AutoConfig.from_pretrained(assets / "model")
     config.num_key_value_heads, config.intermediate_size = 4, 384
@@ -28,7 +28,12 @@ def fp8_run(tmp_path_factory):
     content["checkpoint"] = {"every": 3, "export_every": 1}
     content["algorithm"]["correction"] = {"type": "truncate"}
     yaml = write_yaml(folder / "run.yaml", content)
-    return folder / "run", run_cli("train", yaml, folder=folder), yaml
+    return lambda: (folder / "run", run_cli("train", yaml, folder=folder), yaml)
+
+
+@pytest.fixture(scope="module")
+def fp8_run(prepared):
+    return prepared
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,16 @@ from safetensors.torch import load_file
 from tests.helpers.full_run import ROOT, read_rows
 
 
+def prepare(assets: Path, folder: Path) -> Callable[[], "subprocess.CompletedProcess[str]"]:
+    command = [sys.executable, "-m", "tests.helpers.many_runs", str(assets), str(folder)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
+    return partial(subprocess.run, command, **options)
+
+
 @pytest.fixture(scope="module")
-def runs(assets: Path, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.helpers.many_runs", str(assets), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return out
+def runs(prepared) -> Path:
+    assert prepared.returncode == 0, prepared.stderr
+    return Path(prepared.args[-1])
 
 
 def learnt(run: Path) -> list[dict]:

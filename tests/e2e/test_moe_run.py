@@ -14,20 +14,25 @@ from tests.helpers.tiny_moe_engine import split_experts
 EXPERTS = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("moe_run")
-
-
-@pytest.fixture(scope="module")
-def assets(folder):
-    return write_assets(folder / "assets", experts=EXPERTS)
-
-
-@pytest.fixture(scope="module")
-def run_dir(folder, assets):
+def prepare(_, folder):
     """Three steps, a checkpoint after each."""
-    finished = run_cli("train", write_run(folder / "run", assets), folder=folder)
+    yaml = write_run(folder / "run", write_assets(folder / "assets", experts=EXPERTS))
+    return lambda: (folder, run_cli("train", yaml, folder=folder))
+
+
+@pytest.fixture(scope="module")
+def folder(prepared):
+    return prepared[0]
+
+
+@pytest.fixture(scope="module")
+def moe_assets(folder):
+    return folder / "assets"
+
+
+@pytest.fixture(scope="module")
+def run_dir(prepared):
+    folder, finished = prepared
     assert finished.code == 0, finished.err
     return folder / "run"
 
@@ -76,8 +81,8 @@ def test_the_policy_learns(run_dir):
     assert rows[3]["reward/mean"] > rows[1]["reward/mean"] + 0.1
 
 
-def test_the_experts_of_both_ranks_are_trained(run_dir, assets):
-    before = load_file(assets / "model" / "model.safetensors")
+def test_the_experts_of_both_ranks_are_trained(run_dir, moe_assets):
+    before = load_file(moe_assets / "model" / "model.safetensors")
     after = load_file(exported(run_dir, 3) / "model.safetensors")
     assert after.keys() == before.keys()
     experts = [name for name in before if ".experts." in name]
@@ -104,11 +109,11 @@ def test_transformers_loads_every_expert_of_the_export(run_dir):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_samples_and_learns_the_same_bit_by_bit(run_dir, assets, folder):
+def test_a_resumed_run_samples_and_learns_the_same_bit_by_bit(run_dir, moe_assets, folder):
     resumed = folder / "resumed"
     shutil.copytree(run_dir, resumed)
     (resumed / "checkpoints" / "latest").write_text("step_000002\n")
-    finished = run_cli("train", write_run(resumed, assets), folder=folder)
+    finished = run_cli("train", write_run(resumed, moe_assets), folder=folder)
     assert finished.code == 0, finished.err
     assert "step_000002" in finished.err and "step 3/3" in finished.out
     expected, actual = (read_rows(path / "metrics.jsonl") for path in (run_dir, resumed))

@@ -1,6 +1,7 @@
 """A run that collapses twice: it goes back to a checkpoint once, and then ends."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,8 @@ class Attempt:
     latest: str
 
 
-@pytest.fixture(scope="module")
-def attempts(assets, tmp_path_factory) -> list[Attempt]:
+def prepare(assets: Path, folder: Path) -> Callable[[], list[Attempt]]:
     """The run and, by the same command, its repetition from the last good checkpoint."""
-    folder = tmp_path_factory.mktemp("rolled_back")
     # Read in order, 8 problems make a step.
     problems = [json.loads(line) for line in (assets / "train.jsonl").read_text().splitlines()]
     rows = [problems[i % len(problems)] | {"spoiled": 1 + i // 8 in SPOILED} for i in range(8 * 12)]
@@ -51,7 +50,12 @@ def attempts(assets, tmp_path_factory) -> list[Attempt]:
     content["rollout"] |= {"staleness": 1}
     content["data"] |= {"path": str(folder / "train.jsonl"), "shuffle": False}
     yaml = write_yaml(folder / "run.yaml", content)
-    return [_attempt(yaml, folder) for _ in range(2)]
+    return lambda: [_attempt(yaml, folder) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def attempts(prepared) -> list[Attempt]:
+    return prepared
 
 
 def _attempt(yaml: Path, folder: Path) -> Attempt:

@@ -1,29 +1,34 @@
 """Runs that stop by themselves: the weights have gone wrong, or trainer and engine differ."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from tests.helpers.full_run import Command, read_rows, settings, write_yaml
+from tests.helpers.full_run import Finished, read_rows, run_cli, settings, write_yaml
+
+RUNS = {
+    # The first optimizer step makes weights of 1e30, on which every gradient is NaN.
+    "diverged": ("optim.lr=1e30", "stability.not_finite=5"),
+    # Rounding alone exceeds this.
+    "unequal": ("rollout.logprob_diff_limit=1e-12",),
+}
+
+
+def prepare(assets: Path, folder: Path) -> Callable[[], dict[str, tuple[Path, Finished]]]:
+    """(folder, finished command) of two runs on one rank each."""
+    yaml = write_yaml(folder / "run.yaml", settings(assets) | {"parallel": {}, "run": {"steps": 6}})
+
+    def run(name: str) -> tuple[Path, Finished]:
+        changes = (f"run.dir={folder / name}", *RUNS[name])
+        return folder / name, run_cli("train", yaml, *changes, folder=folder)
+
+    return lambda: {name: run(name) for name in RUNS}
 
 
 @pytest.fixture(scope="module")
-def stopped(assets, tmp_path_factory):
-    """(folder, finished command) of two runs on one rank each, side by side."""
-    folder = tmp_path_factory.mktemp("stopped")
-    yaml = write_yaml(folder / "run.yaml", settings(assets) | {"parallel": {}, "run": {"steps": 6}})
-
-    def start(name: str, *changes: str) -> Command:
-        return Command("train", yaml, f"run.dir={folder / name}", *changes, folder=folder)
-
-    with (
-        # The first optimizer step makes weights of 1e30, on which every gradient is NaN.
-        start("diverged", "optim.lr=1e30", "stability.not_finite=5") as diverged,
-        # Rounding alone exceeds this.
-        start("unequal", "rollout.logprob_diff_limit=1e-12") as unequal,
-    ):
-        return {
-            "diverged": (folder / "diverged", diverged.wait(200)),
-            "unequal": (folder / "unequal", unequal.wait(200)),
-        }
+def stopped(prepared) -> dict[str, tuple[Path, Finished]]:
+    return prepared
 
 
 def test_a_diverged_run_stops_after_so_many_bad_steps_and_says_why(stopped):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,16 +216,19 @@ def test_a_version_below_that_of_the_engine_is_refused(lab):
     lab.publish("A")
 
 
-def test_inside_the_engine_process():
+def prepare(assets: Path, folder: Path) -> Callable[[], "subprocess.CompletedProcess[str]"]:
     """The checks that need vLLM's objects; the script explains each."""
-    result = subprocess.run(
+    return lambda: subprocess.run(
         [sys.executable, "-m", "tests.e2e.inside_engine_process"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_inside_the_engine_process(prepared):
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
 
 
 def test_an_engine_that_dies_while_loading_is_reported_with_its_log(tmp_path, monkeypatch):
@@ -319,14 +323,14 @@ def test_two_engines_sample_what_one_does_and_get_the_same_weights(labs):
     assert logprob_error(lab.models["B"], PROMPTS, together) < TOLERANCE
 
 
-def test_closing_an_engine_ends_a_call_of_another_thread(labs, tmp_path):
-    engine = start_engine(labs["llama"].arena.parent)
-    engine.wait_ready()
+def test_closing_an_engine_ends_a_call_of_another_thread(labs):
+    """One of the last of this file: it uses up an engine, as the next one does."""
+    lab = labs["qwen2_tied_with_qkv_bias"]
     errors: list[Exception] = []
 
     def generate() -> None:
         try:
-            engine.generate(PROMPTS * 16, Sampling(n=64, max_tokens=200), version=0)
+            lab.generate(Sampling(n=64, max_tokens=200), prompts=PROMPTS * 16)
         except RolloutError as error:
             errors.append(error)
 
@@ -334,7 +338,7 @@ def test_closing_an_engine_ends_a_call_of_another_thread(labs, tmp_path):
     thread.start()
     time.sleep(0.3)
     start = time.monotonic()
-    engine.close()
+    lab.engine.close()
     thread.join(5)
     assert time.monotonic() - start < 2.0
     assert "generating: the engine was killed" in str(errors[0])

@@ -180,13 +180,13 @@ class Command:
         """Whether the launcher has not ended yet."""
         return self._process.poll() is None
 
-    def wait(self, timeout_s: float = 120) -> Finished:
+    def wait(self, timeout_s: float = 300) -> Finished:
         """Wait for the end of the command."""
         code = self._process.wait(timeout_s)
         out, err = (file.read_text(errors="replace") for file in self._files)
         return Finished(code, out, err, time.monotonic() - self._start)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
         """Wait while the command runs."""
         deadline = time.monotonic() + timeout_s
         while not condition():

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ import torch._dynamo  # every rank would import it at its first optimizer
 import megatron_cpgd.policy.policy  # noqa: F401  so that no rank imports it; megatron comes along
 
 PR_SET_PDEATHSIG = 1
+GRACE_S = 0.5
+"""How long a failure waits for those of other ranks."""
 
 
 def _die_with_parent() -> None:
@@ -56,11 +58,11 @@ def _serve(rank: int, world_size: int, store: str, address: str) -> None:
     os.environ |= {"RANK": me, "LOCAL_RANK": me, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     with Client(address) as connection:
         connection.send(rank)
-        function, args, kwargs = connection.recv()
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-        )
         try:
+            function, args, kwargs = connection.recv()
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            )
             connection.send((True, function(*args, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
@@ -109,20 +111,24 @@ def _results(connections: list[Connection], deadline: float) -> list[Any]:
     Raises:
         RuntimeError: a rank failed, with its traceback, or did not answer.
     """
-    results, failures = [], []
-    for rank, connection in enumerate(connections):
-        # After a failure the others may be stuck in a collective.
-        patience = 3.0 if failures else max(0.1, deadline - time.monotonic())
-        if not connection.poll(patience):
-            failures.append(f"rank {rank}: no answer")
-            continue
-        try:
-            succeeded, value = connection.recv()
-        except EOFError:
-            succeeded, value = False, "died"
-        results.append(value)
-        if not succeeded:
-            failures.insert(0, f"rank {rank}: {value}")
+    results: dict[int, Any] = {}
+    failures = []
+    waiting = {connection: rank for rank, connection in enumerate(connections)}
+    while waiting:
+        ready = wait([*waiting], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            rank = waiting.pop(connection)
+            try:
+                succeeded, results[rank] = connection.recv()
+            except EOFError:
+                succeeded, results[rank] = False, "died"
+            if not succeeded:
+                failures.append(f"rank {rank}: {results[rank]}")
+                # The others may have failed as well, or wait for this one in a collective.
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    failures += [f"rank {rank}: no answer" for rank in waiting.values()]
     if failures:
         raise RuntimeError("\n".join(failures))
-    return results
+    return [results[rank] for rank in range(len(connections))]

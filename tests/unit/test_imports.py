@@ -7,7 +7,7 @@ import megatron_cpgd
 
 PACKAGE = Path(megatron_cpgd.__file__).parent
 ROWS = (
-    {"cli", "study"},
+    {"cli", "study", "gpu_check"},
     {"train", "evaluate", "serve"},
     {"guard", "preemption"},
     {"run"},
