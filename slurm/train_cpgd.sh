@@ -73,6 +73,10 @@ if [[ $dry_run == 1 ]]; then
   show "${preflight[@]}"
   echo "train:"
   show "${train[@]}"
+  # Of all that a plan says, only whether it fits. It fails if it does not, or without torch.
+  plan=$("${cli[@]}" plan "--nodes=$nodes" "$@" 2>&1) || true
+  verdict=$(sed -nE 's/^(warning|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
+  printf 'plan:\n%s\n' "${verdict:-  none: ${plan##*$'\n'}}"
   echo "checks:"
   if command -v sbatch >/dev/null; then
     sbatch --test-only "${submit[@]}" 2>&1 | sed 's/^/  /'
