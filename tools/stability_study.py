@@ -70,7 +70,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, study: Study) -> int:
     out: Path = arguments.out
-    claim_folder(study, out)
+    claim_folder(out, study.spec.name, study.path)
     with lock_folder(out):
         runs = plan_runs(study, out)
         missing = [run for run in runs if run.done() is None]

@@ -27,6 +27,8 @@ class Outcome:
     plan: Plan
     seconds: Mapping[str, float]
     """Of each phase, the median over the steps."""
+    steps: int
+    """That were measured."""
     memory_gib: float | None
     """Of the rank with most, the median over the steps, since a checkpoint may need more; None: was
     not measured."""
@@ -47,8 +49,10 @@ class Outcome:
         return float(getattr(self.plan.seconds, phase))
 
 
-def read_outcome(folder: RunFolder, machine: Machine | None = None) -> Outcome:
-    """A run that has finished two steps; the first is left out, it warms up.
+def read_outcome(
+    folder: RunFolder, machine: Machine | None = None, *, warmup_steps: int = 1
+) -> Outcome:
+    """A run that has finished a step after its first ones, which warm up and are left out.
 
     Args:
         machine: default: what the run has noted of its own.
@@ -58,9 +62,9 @@ def read_outcome(folder: RunFolder, machine: Machine | None = None) -> Outcome:
     """
     if not folder.metrics.exists() or not folder.config.exists():
         raise UserError(f"{folder.dir}: has no metrics.jsonl and config.yaml of a run")
-    rows = [row for row in read_metrics(folder.metrics) if "time/train_s" in row][1:]
+    rows = [row for row in read_metrics(folder.metrics) if "time/train_s" in row][warmup_steps:]
     if not rows:
-        raise UserError(f"{folder.metrics}: needs at least two trained steps")
+        raise UserError(f"{folder.metrics}: needs at least {warmup_steps + 1} trained steps")
     if machine is None:
         if not folder.machine.exists():
             raise UserError(f"{folder.machine}: no such file; name a machine")
@@ -70,7 +74,9 @@ def read_outcome(folder: RunFolder, machine: Machine | None = None) -> Outcome:
     plan = make_plan(model, config, machine, _measured_lengths(rows, config))
     seconds = {phase: median(_phase_s(row, phase) for row in rows) for phase in PHASES}
     peaks = [row["perf/memory_peak_gib"] for row in rows if "perf/memory_peak_gib" in row]
-    return Outcome(plan=plan, seconds=seconds, memory_gib=median(peaks) if peaks else None)
+    return Outcome(
+        plan=plan, seconds=seconds, steps=len(rows), memory_gib=median(peaks) if peaks else None
+    )  # fmt: skip
 
 
 def calibrate(folder: RunFolder, machine: Machine | None = None) -> tuple[Machine, list[str]]:

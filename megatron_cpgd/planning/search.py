@@ -117,6 +117,15 @@ def search_layouts(planner: Planner, gpus: int) -> list[Candidate]:
     return sorted(found, key=_seconds)
 
 
+def find_nearest(planner: Planner, gpus: int) -> Plan | None:
+    """Of all layouts of so many GPUs, with the leanest settings, the one with the fewest problems,
+    of these with the least memory; None: there is no layout. For where nothing fits."""
+    *_, leanest = _memory_settings(planner.config)
+    plans = [planner.plan(layout | leanest) for layout in _layouts(planner, gpus)]
+    found = [plan for plan in plans if plan is not None]
+    return min(found, key=lambda plan: (len(plan.problems), _peak_bytes(plan)), default=None)
+
+
 def with_overrides(config: ExperimentConfig, overrides: Overrides) -> ExperimentConfig:
     """The configuration with some settings replaced, unchecked."""
     sections: dict[str, dict[str, Any]] = {}
@@ -295,6 +304,10 @@ def _divisors(number: int) -> list[int]:
 
 def _cost(candidate: Candidate) -> tuple[int, float]:
     return candidate.plan.gpus, candidate.plan.seconds.total
+
+
+def _peak_bytes(plan: Plan) -> int:
+    return plan.worst.total + plan.beside(plan.worst.stage)
 
 
 def _seconds(candidate: Candidate) -> float:

@@ -29,7 +29,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean = fmean(values)
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
-    half = _t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -46,7 +46,8 @@ def rate_interval(hits: int, n: int) -> Interval:
     return Interval(rate, low, high)
 
 
-def _t_quantile(degrees: int) -> float:
+def t_quantile(degrees: int) -> float:
+    """0.975 quantile of Student's t."""
     if degrees <= len(_T):
         return _T[degrees - 1]
     # Expansion around the normal quantile; off by less than 1e-4 from 21 degrees on.

@@ -8,7 +8,8 @@ from statistics import median
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.study.intervals import Interval, mean_interval, rate_interval
 from megatron_cpgd.study.plots import draw_figures, paired_differences
-from megatron_cpgd.study.spec import Arm, Question, Settings, Study, format_settings
+from megatron_cpgd.study.spec import Arm, Question, Study, format_settings
+from megatron_cpgd.study.spec_file import Settings
 from megatron_cpgd.study.tables import RunRow, Tables, read_tables
 
 _METHOD = """\

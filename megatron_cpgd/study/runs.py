@@ -80,23 +80,23 @@ def plan_runs(study: Study, out: Path) -> list[StudyRun]:
     ]
 
 
-def claim_folder(study: Study, out: Path) -> None:
-    """Make `out` the folder of this study.
+def claim_folder(out: Path, name: str, path: Path) -> None:
+    """Make `out` the folder of the study of this name, whose file is `path`.
 
     Raises:
         ConfigError: it holds another study.
     """
     marker = out / "study.txt"
-    if marker.exists() and marker.read_text().strip() != study.spec.name:
+    if marker.exists() and marker.read_text().strip() != name:
         raise ConfigError(
-            f"{out} holds the study {marker.read_text().strip()!r}, {study.path} is "
-            f"{study.spec.name!r}; use another --out"
+            f"{out} holds the study {marker.read_text().strip()!r}, {path} is "
+            f"{name!r}; use another --out"
         )
     if not marker.exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no study; use another --out")
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(marker, f"{study.spec.name}\n")
+        write_text_atomic(marker, f"{name}\n")
 
 
 def _with_run(config: ExperimentConfig, out: Path, arm: str, seed: int) -> ExperimentConfig:

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from megatron_cpgd.config.base import Config
 from megatron_cpgd.config.load import load_config, read_config
 from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.config.yaml_io import read_yaml
 from megatron_cpgd.errors import ConfigError
-
-type Settings = dict[str, Any]
-"""Dotted name of a setting -> its value."""
+from megatron_cpgd.study.spec_file import Settings, as_overrides, read_spec, refusal
 
 FigureName = Literal["curves", "outcome", "dynamics", "sensitivity"]
 MAX_CURVES = 10
@@ -148,16 +145,11 @@ def load_study(path: Path, *, to_run: bool) -> Study:
     Raises:
         ConfigError: lists every mistake.
     """
-    content = read_yaml(path)
-    try:
-        spec = StudySpec.model_validate(content)
-    except ValidationError as error:
-        problems = [_explain(details["loc"], details["msg"]) for details in error.errors()]
-        raise _refusal(path, problems) from error
+    spec = read_spec(path, StudySpec)
     settings, groups, problems = _expand(spec)
     problems += _check_names(spec, settings, groups)
     if problems:
-        raise _refusal(path, problems)
+        raise refusal(path, problems)
     arms = _load_arms(path, spec, settings, to_run)
     questions = [
         Question(
@@ -170,7 +162,7 @@ def load_study(path: Path, *, to_run: bool) -> Study:
     ]
     study = Study(path=path, spec=spec, arms=arms, questions=questions)
     if problems := [*_check_arms(arms), *_check_figures(questions)]:
-        raise _refusal(path, problems)
+        raise refusal(path, problems)
     return study
 
 
@@ -267,9 +259,7 @@ def _load_arms(
     loaded: dict[str, Arm] = {}
     refused: dict[str, list[str]] = defaultdict(list)
     for name, settings in arms.items():
-        layers = [*spec.settings.items(), *settings.items()]
-        # JSON is YAML: the values arrive as the study file has them.
-        overrides = [f"{key}={json.dumps(value)}" for key, value in layers]
+        overrides = [*as_overrides(spec.settings), *as_overrides(settings)]
         common = ["run.dir=unused", f"run.seed={spec.seeds[0]}"]
         try:
             load = load_config if to_run else read_config
@@ -279,7 +269,7 @@ def _load_arms(
             continue
         loaded[name] = Arm(name=name, settings=settings, config=config)
     if refused:
-        raise _refusal(path, [f"{', '.join(names)}: {text}" for text, names in refused.items()])
+        raise refusal(path, [f"{', '.join(names)}: {text}" for text, names in refused.items()])
     return loaded
 
 
@@ -314,12 +304,3 @@ def _check_figures(questions: list[Question]) -> Iterator[str]:
                 value = find_setting(arm.config, x)
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     yield f"{where}={x}: is no number in arm {arm.name}: {value!r}"
-
-
-def _explain(location: tuple[int | str, ...], message: str) -> str:
-    return f"{'.'.join(map(str, location)) or 'the file'}: {message}"
-
-
-def _refusal(path: Path, problems: list[str]) -> ConfigError:
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigError("\n  ".join([f"{path}: {count}", *problems]))

@@ -1,7 +1,6 @@
 """Tidy tables of a study: one row per run in runs.csv, one per run and step in steps.csv."""
 
 import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_cpgd.errors import DataError
 from megatron_cpgd.files import write_text_atomic
+from megatron_cpgd.study.rows import format_csv
 from megatron_cpgd.study.runs import StudyRun
 from megatron_cpgd.study.spec import CollapseSpec, Study, format_settings
 from megatron_cpgd.tracking.metrics import Row, read_metrics
@@ -163,8 +163,8 @@ def collect_tables(study: Study, runs: Iterable[StudyRun], folder: Path) -> None
     if not rows:
         raise DataError(f"no run of {study.path} is done; `run` makes them")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / "runs.csv", _format_csv([asdict(row) for row in rows]))
-    write_text_atomic(folder / "steps.csv", _format_csv(_step_rows(curves)))
+    write_text_atomic(folder / "runs.csv", format_csv([asdict(row) for row in rows]))
+    write_text_atomic(folder / "steps.csv", format_csv(_step_rows(curves)))
     known = {name: " and ".join(sorted(versions[name])) for name in _VERSIONS if name in versions}
     write_text_atomic(folder / "versions.json", json.dumps(known, indent=2) + "\n")
 
@@ -244,22 +244,6 @@ def _column(rows: list[Row], name: str) -> list[float]:
 
 def _first(values: Sequence[float]) -> float:
     return values[0] if values else math.nan
-
-
-def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
-    return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return format(value, ".4g") if isinstance(value, float) else value
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

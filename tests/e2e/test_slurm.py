@@ -1,5 +1,6 @@
 """slurm/train_cpgd.sh on a real Slurm of this machine: ranks by srun, preemption, two hosts."""
 
+import csv
 import os
 import re
 import signal
@@ -166,11 +167,74 @@ def test_a_dry_run_asks_slurm_and_submits_nothing(cluster, tmp_path, assets):
     content = settings(assets) | {"run": {"dir": str(tmp_path / "run"), "steps": 6}}
     yaml = write_yaml(tmp_path / "run.yaml", content)
     before = cluster.run("squeue", "--noheader", "--states=all")
-    shown = cluster.run(SCRIPT, "--dry-run", "--nodes=2", yaml, "optim.lr=1e-3", folder=tmp_path)
+    shown = cluster.run(
+        SCRIPT, "--dry-run", "--nodes=2", yaml, "tracking.machine=cpu", folder=tmp_path
+    )
     assert "ranks: 2 on 2 node(s), 1 on each" in shown
+    assert "  FITS: " in shown
     assert re.search(r"Job \d+ to start at .* using 4 processors on nodes node\[1-2\]", shown)
     assert cluster.run("squeue", "--noheader", "--states=all") == before
     assert not (tmp_path / "run").exists()
+
+
+def test_the_end_of_the_time_limit_is_a_checkpoint_and_a_place_in_the_queue(
+    cluster, tmp_path, assets
+):
+    content = settings(assets) | {"run": {"dir": str(tmp_path / "run"), "steps": 16}}
+    # 16 s for each step: 256 s and the start are more than the job gets.
+    reward = {"type": "python", "path": "tests.helpers.slow_reward.slow_reward"}
+    content["rewards"] = {"workers": 1, "functions": [reward]}
+    content["checkpoint"] = {"every": 100, "stop_within_s": 50}
+    content["eval"] = {"every": 100}
+    yaml = write_yaml(tmp_path / "run.yaml", content)
+    # Slurm looks at time limits every 30 s and sends the signal up to a minute early.
+    limits = ("--time=5", "--signal=USR1@60")
+    job = cluster.submit(*limits, SCRIPT, yaml, folder=tmp_path)
+    details = job.wait(timeout_s=1500)
+    assert (details["JobState"], details["TimeLimit"]) == ("COMPLETED", "00:05:00"), job.log
+    assert int(details["Restarts"]) >= 1
+    assert job.log.count("goes back into the queue") == int(details["Restarts"])
+    stopped = [int(step) for step in re.findall(r"stopped behind step (\d+) as asked", job.log)]
+    assert stopped and all(0 < step < 16 for step in stopped)
+    assert f"resumed from {tmp_path}/run/checkpoints/step_{stopped[0]:06d}" in job.log
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(17))
+
+
+def test_a_scaling_study_is_an_array_for_each_number_of_nodes_and_a_report(
+    cluster, tmp_path, assets
+):
+    content = settings(assets) | {"run": {"dir": "unused", "steps": 1}, "parallel": {}}
+    study = {
+        "name": "tiny",
+        "title": "A tiny study",
+        "models": {"tiny": {"base": str(write_yaml(tmp_path / "base.yaml", content))}},
+        "machine": "cpu",
+        "gpus_per_node": 1,
+        "nodes": [1, 2] if os.getuid() == 0 else [1],  # see on_two_nodes
+        "layouts": [{}, {"tp": 2}],
+        "batch": {"strong": [8]},
+        "steps": 3,
+        "warmup_steps": 1,
+    }
+    spec, out = write_yaml(tmp_path / "a study.yaml", study), tmp_path / "the out"
+    script = ROOT / "slurm" / "scaling_study.sh"
+    shown = cluster.run(script, spec, "--out", out, folder=tmp_path)
+    number = int(re.findall(r"^job (\d+)$", shown, re.MULTILINE)[-1])
+    job = Job(cluster, number, out / "slurm")
+    assert job.wait(timeout_s=1500)["JobState"] == "COMPLETED", job.log
+    with (out / "table.csv").open() as file:
+        rows = {(row["layout"], row["gpus"]): row for row in csv.DictReader(file)}
+    assert rows["dp", "1"]["state"] == "done" and rows["dp", "1"]["steps"] == "2"
+    assert rows["tp2", "1"]["state"] == "impossible"
+    if len(study["nodes"]) == 2:
+        assert rows["dp", "2"]["state"] == "done" and float(rows["dp", "2"]["step_s"]) > 0
+        assert rows["tp2", "2"]["state"] == "done"
+        assert "0: step 3/3" in (out / "cells/tiny/tp2_n2_b8/log").read_text()
+        assert not list(out.glob("cells/tiny/*/run/checkpoints"))
+    assert "# A tiny study" in (out / "report.md").read_text()
+    again = cluster.run(script, spec, "--out", out, "--dry-run", folder=tmp_path)
+    assert ", 0 to run;" in again.splitlines()[0]
 
 
 def find_rank(job: int, rank: int) -> int | None:

@@ -103,7 +103,7 @@ class SlurmCluster:
         """Output of a Slurm command, or of a script."""
         result = subprocess.run(
             list(map(str, command)),
-            env=self.environment, cwd=folder, capture_output=True, text=True, timeout=60,
+            env=self.environment, cwd=folder, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         if result.returncode:
             raise subprocess.SubprocessError(f"{command}: {result.stdout}{result.stderr}")

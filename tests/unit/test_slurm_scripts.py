@@ -57,8 +57,19 @@ def test_a_dry_run_shows_every_command(login_node, run_yaml, tmp_path):
     assert (
         f"{common} --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 {python} train {config}"
     ) in result.stdout
+    assert "plan:\n  none: ImportError: a login node has no torch\n" in result.stdout
     assert "there is no sbatch here" in result.stdout
     assert not (run_yaml.parent / "run").exists()
+
+
+def test_a_dry_run_says_why_the_run_does_not_fit(login_node, run_yaml, tmp_path):
+    shutil.copy(ROOT / "configs/models/Qwen3-8B/config.json", run_yaml.parent / "model")
+    with_torch = login_node | {"PYTHONPATH": ""}
+    result = run("train_cpgd.sh", "--dry-run", run_yaml, folder=tmp_path, **with_torch)
+    assert result.returncode == 0, result.stderr
+    warning, problem = result.stdout.partition("plan:\n")[2].partition("submit:")[0].splitlines()
+    assert warning.startswith("  warning: the run uses 1 of 8 GPUs")
+    assert problem.startswith("  DOES NOT FIT: GPU memory: a rank of stage 0 needs ")
 
 
 @pytest.mark.parametrize(

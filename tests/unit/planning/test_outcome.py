@@ -93,8 +93,8 @@ def test_the_report_of_a_run_never_fails_for_its_prediction(tmp_path: Path) -> N
     run.machine.write_text("name: {")
     assert predicted_and_measured(run)[0].startswith("predicted and measured: none")
     run.metrics.write_text("")
-    assert "needs at least two trained steps" in predicted_and_measured(run)[0]
-    with pytest.raises(UserError, match="two trained steps"):
+    assert "needs at least 2 trained steps" in predicted_and_measured(run)[0]
+    with pytest.raises(UserError, match="2 trained steps"):
         read_outcome(run)
 
 

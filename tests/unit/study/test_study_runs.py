@@ -115,15 +115,15 @@ def test_ctrl_c_leaves_no_worker(make_study, tmp_path):
 
 def test_a_folder_belongs_to_one_study(make_study, tmp_path):
     study = load_study(make_study(), to_run=True)
-    claim_folder(study, tmp_path / "out")
-    claim_folder(study, tmp_path / "out")
+    claim_folder(tmp_path / "out", study.spec.name, study.path)
+    claim_folder(tmp_path / "out", study.spec.name, study.path)
     other = load_study(make_study(name="other"), to_run=True)
     with pytest.raises(ConfigError, match="holds the study 'small'"):
-        claim_folder(other, tmp_path / "out")
+        claim_folder(tmp_path / "out", other.spec.name, other.path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="is not empty and holds no study"):
-        claim_folder(study, tmp_path / "full")
+        claim_folder(tmp_path / "full", study.spec.name, study.path)
 
 
 def test_two_tools_do_not_work_in_one_folder(tmp_path):

@@ -1,0 +1,1 @@
+"""How a run scales: layouts over numbers of GPUs, measured or simulated; see tools/."""
