@@ -71,8 +71,8 @@ def _check_engine(
     try:
         start_s = seconds(engine.wait_ready, setup.device)
         emit(Check(name=f"{format}: start", status="PASS", figures={"s": start_s}))
-        route = ArenaWeights(policy, open_arena(weight_table(hf), format))
         policy = build_policy(make_config(folder, micro_tokens=4096, lr=1e-4))
+        route = ArenaWeights(policy, open_arena(weight_table(hf), format))
         prompts = torch.randint(hf["vocab_size"], (count, length)).tolist()
         for version in (1, 2):  # the second one after an optimizer step
             start = time.perf_counter()
