@@ -32,7 +32,14 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until rank 0 is done."""
     # Slurm sends them to every process of a job. The ranks obey; this node ends when they do.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return _serve(arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     from megatron_cpgd.config.load import load_config
     from megatron_cpgd.tracking.run_folder import RunFolder
 
