@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stderr), 4 a plan does not fit, 130 Ctrl-C, 200 a run stopped by SIGUSR1 or SIGTERM, to be
         resumed. Any other exception is a defect and propagates with its traceback (exit code 1).
     """
-    arguments = _build_parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -52,6 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand behind options too, where argparse alone does not look for them."""
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [each for each in rest if each.startswith("-") or "=" not in each]
+    if unknown or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -39,6 +39,18 @@ def test_config_checks_a_recipe_without_its_model(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["rollout"]["samples_per_prompt"] == 8
 
 
+def test_settings_may_stand_behind_an_option(capsys):
+    recipe, model = "configs/cpgd-qwen3-8b-1n8g-tp2.yaml", "configs/models/Qwen3-8B"
+    command = ["config", recipe, "optim.lr=2e-6", "--model-config", model, "run.seed=7"]
+    assert main(command) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["optim"]["lr"], shown["run"]["seed"]) == (2e-6, 7)
+    for wrong in ("--modle-config=x", "seed"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, wrong])
+        assert f"unrecognized arguments: run.seed=7 {wrong}" in capsys.readouterr().err
+
+
 def test_verify_layout_tells_what_each_rank_holds():
     recipe, model = "configs/cpgd-qwen3-8b-1n8g-tp2.yaml", "configs/models/Qwen3-8B"
     result = run_cli("verify-layout", recipe, "--model-config", model, "--ranks", "0,7")
