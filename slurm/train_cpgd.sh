@@ -66,6 +66,10 @@ if [[ $dry_run == 1 ]]; then
   echo "ranks: $ranks on $nodes node(s), $ranks_per_node on each"
   echo "environment (slurm/env.sh):"
   comm -13 <(sort <<<"$before") <(export -p | sort) | sed 's/^declare -x /  /'
+  # Of all that a plan says, only whether it fits. It fails if it does not, or without torch.
+  plan=$("${cli[@]}" plan "--nodes=$nodes" "$@" 2>&1) || true
+  verdict=$(sed -nE 's/^(warning|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
+  printf 'plan:\n%s\n' "${verdict:-  none: ${plan##*$'\n'}}"
   echo "submit:"
   submit=("--nodes=$nodes" "$root/slurm/train_cpgd.sh" "$@")
   show sbatch "${submit[@]}"
@@ -73,10 +77,6 @@ if [[ $dry_run == 1 ]]; then
   show "${preflight[@]}"
   echo "train:"
   show "${train[@]}"
-  # Of all that a plan says, only whether it fits. It fails if it does not, or without torch.
-  plan=$("${cli[@]}" plan "--nodes=$nodes" "$@" 2>&1) || true
-  verdict=$(sed -nE 's/^(warning|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
-  printf 'plan:\n%s\n' "${verdict:-  none: ${plan##*$'\n'}}"
   echo "checks:"
   if command -v sbatch >/dev/null; then
     sbatch --test-only "${submit[@]}" 2>&1 | sed 's/^/  /'

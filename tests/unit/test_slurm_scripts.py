@@ -67,7 +67,7 @@ def test_a_dry_run_says_why_the_run_does_not_fit(login_node, run_yaml, tmp_path)
     with_torch = login_node | {"PYTHONPATH": ""}
     result = run("train_cpgd.sh", "--dry-run", run_yaml, folder=tmp_path, **with_torch)
     assert result.returncode == 0, result.stderr
-    warning, problem = result.stdout.partition("plan:\n")[2].partition("checks:")[0].splitlines()
+    warning, problem = result.stdout.partition("plan:\n")[2].partition("submit:")[0].splitlines()
     assert warning.startswith("  warning: the run uses 1 of 8 GPUs")
     assert problem.startswith("  DOES NOT FIT: GPU memory: a rank of stage 0 needs ")
 
