@@ -123,7 +123,7 @@ def find_nearest(planner: Planner, gpus: int) -> Plan | None:
     *_, leanest = _memory_settings(planner.config)
     plans = [planner.plan(layout | leanest) for layout in _layouts(planner, gpus)]
     found = [plan for plan in plans if plan is not None]
-    return min(found, key=lambda plan: (len(plan.problems), _peak_bytes(plan)), default=None)
+    return min(found, key=lambda plan: (len(plan.problems), plan.fullest.total), default=None)
 
 
 def with_overrides(config: ExperimentConfig, overrides: Overrides) -> ExperimentConfig:
@@ -304,10 +304,6 @@ def _divisors(number: int) -> list[int]:
 
 def _cost(candidate: Candidate) -> tuple[int, float]:
     return candidate.plan.gpus, candidate.plan.seconds.total
-
-
-def _peak_bytes(plan: Plan) -> int:
-    return plan.worst.total + plan.beside(plan.worst.stage)
 
 
 def _seconds(candidate: Candidate) -> float:

@@ -121,7 +121,7 @@ def simulated(cell: Cell) -> CellRow:
     plan = cell.plan
     values = _place(cell) | _settings(cell) | _work(plan, plan.seconds.train)
     values |= _parts(asdict(plan.seconds))
-    return CellRow(**values, state="done", reason="", memory_gib=_memory_gib(plan))
+    return CellRow(**values, state="done", reason="", memory_gib=plan.fullest.total / 2**30)
 
 
 def measured(
@@ -134,7 +134,7 @@ def measured(
         seconds: of the phases of `planning/outcome.py`.
     """
     values = _place(cell) | _settings(cell) | _work(plan, seconds["train"]) | _parts(seconds)
-    predicted = _parts(asdict(plan.seconds)) | {"memory_gib": _memory_gib(plan)}
+    predicted = _parts(asdict(plan.seconds)) | {"memory_gib": plan.fullest.total / 2**30}
     values |= {f"predicted_{name}": value for name, value in predicted.items()}
     memory = math.nan if memory_gib is None else memory_gib
     return CellRow(**values, state="done", reason="", steps=steps, memory_gib=memory)
@@ -194,8 +194,3 @@ def _parts(seconds: Mapping[str, float]) -> dict[str, Any]:
         "sync_s": seconds["sync"],
     }
     return known | {"other_s": total - sum(known.values()), "step_s": total}
-
-
-def _memory_gib(plan: Plan) -> float:
-    worst = plan.worst
-    return (worst.total + plan.beside(worst.stage)) / 2**30
