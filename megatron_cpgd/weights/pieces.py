@@ -4,6 +4,7 @@ It is written once, by rank 0: Megatron's weights never move.
 """
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -130,9 +131,10 @@ class PieceList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_piece_list(path: Path) -> bool:
-    """Whether the file is a piece list, or else an arena."""
-    with path.open("rb") as file:
+    """Whether the file is a piece list, and not an arena or missing."""
+    with suppress(OSError), path.open("rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
+    return False
 
 
 def ranges_of(place: Index) -> Ranges:
