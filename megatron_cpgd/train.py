@@ -76,7 +76,8 @@ def train(
         for step in range(run.done + 1, config.run.steps + 1):
             batch = next_batch(run, step, timer)  # a run that is asked to stop ends here, saved
             take_gpus(run, timer)
-            sequences = share_sequences(train_sequences(batch) if batch else None)
+            drawn = train_sequences(batch) if batch else None
+            sequences = share_sequences(drawn, run.policy.info.hosts)
             with timer("old_logprobs"):
                 metrics = _set_old_logprobs(run, sequences, step)  # Megatron's, not the sampler's
             if config.measures_routing(step):

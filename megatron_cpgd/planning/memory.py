@@ -22,6 +22,8 @@ HOST_PROCESS = 3 * GIB
 HEAP_LOSS = 9.0
 """How many times as much the heap of a CPU process loses where buffers of tensor parallelism come
 and go between activations; measured, and gone with MALLOC_MMAP_THRESHOLD_=65536."""
+ROUTE_COPIES = 3
+"""Of all routes on the first host: as sampled, as sent, and for its ranks together."""
 TOKEN_RECORD = 64
 """Bytes of a token of the batch on the host: ids, log-probs, advantage, coefficients."""
 
@@ -91,7 +93,7 @@ class HostMemory:
     offload: int
     """Pinned too: their weights and optimizer state, kept while the trainer works."""
     batch: int
-    """Tokens and routes of a step, on every rank."""
+    """Tokens of a step on every rank, and routes."""
     processes: int
 
     @property
@@ -245,7 +247,7 @@ def host_memory(
     trainer = HostMemory(
         name="the first node", arena=0 if engine.in_place else arena,
         reference=weights * ranks if held else 0, offload=kept * ranks,
-        batch=batch_tokens * (TOKEN_RECORD + route_bytes) * ranks,
+        batch=batch_tokens * (TOKEN_RECORD * ranks + ROUTE_COPIES * route_bytes),
         processes=process * ranks + workers,
     )  # fmt: skip
     if not engine.nodes:

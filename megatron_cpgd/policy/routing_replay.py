@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_cpgd.data.packing import token_index
 from megatron_cpgd.policy import device
+from megatron_cpgd.policy.host_memory import fill_host_memory
 from megatron_cpgd.policy.parallel import ParallelInfo
 from megatron_cpgd.policy.routers import (
     MicroBatchQueue,
@@ -34,9 +35,6 @@ from megatron_cpgd.policy.routers import (
 )
 from megatron_cpgd.policy.schedule import ForwardContext
 from megatron_cpgd.types import LossSequence, MicroBatch
-
-PIECE_BYTES = 64 << 20
-"""Recorded routes are summed over the ranks so many bytes at a time."""
 
 NOT_NEEDED = -2
 """In place of the -1 of a route that is missing, where nothing depends on the choice: padding, and
@@ -245,12 +243,16 @@ class RoutingReplay:
         routes: list[Tensor] = []
         with _choosing({routing: partial(keep, routing) for routing in self._routings()}):
             yield forward, routes
-        # A token of a layer has one owner: a sum of bytes with zeros brings it to all ranks.
-        for piece in flat.view(-1).view(torch.uint8).split(PIECE_BYTES):
-            moved = piece.to(device.current())
+        own = flat.view(-1).view(torch.uint8)
+
+        def add_up(part: slice) -> Tensor:
+            # A token of a layer has one owner: a sum of bytes with zeros brings it to all ranks.
+            moved = own[part].to(device.current())
             dist.all_reduce(moved)
-            piece.copy_(moved)
-        routes += flat.split(lengths)
+            return moved
+
+        whole = fill_host_memory(len(own), self._info.hosts, add_up)
+        routes += whole.view(torch.int16).view(flat.shape).split(lengths)
 
     @contextmanager
     def comparing(

@@ -6,18 +6,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpgd.policy import device
+from megatron_cpgd.policy import device, host_memory
+from megatron_cpgd.policy.host_memory import fill_host_memory
 from megatron_cpgd.types import TrainSequence
 
-BUCKET_BYTES = 64 * 2**20
-"""That pass through the GPU at a time: the routes of a large batch are gigabytes."""
 
-
-def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequence]:
+def share_sequences(
+    sequences: Sequence[TrainSequence] | None, hosts: Sequence[str]
+) -> list[TrainSequence]:
     """Rank 0's sequences, on every rank. Collective over the world.
+
+    Routes, which outweigh all else, are in memory once on each host; they must not be written to.
 
     Args:
         sequences: as sampled, before old log-probs; read on rank 0 only.
+        hosts: of every rank.
     """
     integers = floats = routes = None
     if dist.get_rank() == 0:
@@ -27,7 +30,7 @@ def share_sequences(sequences: Sequence[TrainSequence] | None) -> list[TrainSequ
         _broadcast(integers, torch.int64),
         _broadcast(floats, torch.float32),
         # As bytes: neither gloo nor NCCL has int16.
-        _broadcast(routes, torch.uint8).view(torch.int16),
+        _broadcast_to_hosts(routes, hosts).view(torch.int16),
     )
 
 
@@ -82,12 +85,30 @@ def _unflatten(integers: Tensor, floats: Tensor, routes: Tensor) -> list[TrainSe
 
 
 def _broadcast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    size = torch.tensor([0 if tensor is None else len(tensor)], device=device.current())
-    dist.broadcast(size, src=0)
+    size = _broadcast_size(tensor)
     if tensor is None:
-        tensor = torch.empty(int(size), dtype=dtype)
-    for part in tensor.split(BUCKET_BYTES // dtype.itemsize):
+        tensor = torch.empty(size, dtype=dtype)
+    for part in tensor.split(host_memory.PIECE_BYTES // dtype.itemsize):
         moved = part.to(device.current())
         dist.broadcast(moved, src=0)
         part.copy_(moved)
     return tensor
+
+
+def _broadcast_to_hosts(tensor: Tensor | None, hosts: Sequence[str]) -> Tensor:
+    """[n] uint8 in memory that the ranks of a host share."""
+
+    def receive(part: slice) -> Tensor:
+        moved = torch.empty(part.stop - part.start, dtype=torch.uint8, device=device.current())
+        if tensor is not None:
+            moved.copy_(tensor[part])
+        dist.broadcast(moved, src=0)
+        return moved
+
+    return fill_host_memory(_broadcast_size(tensor), hosts, receive)
+
+
+def _broadcast_size(tensor: Tensor | None) -> int:
+    size = torch.tensor([0 if tensor is None else len(tensor)], device=device.current())
+    dist.broadcast(size, src=0)
+    return int(size)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_cpgd.types import TrainSequence
 from tests.helpers.ranks import run_distributed
-from tests.helpers.weight_jobs import share_job
+from tests.helpers.weight_jobs import share_job, written_routes_job
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +47,7 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_every_rank_gets_rank_0s_sequences(name):
     batch = BATCHES[name]
-    for received in run_distributed(2, share_job, batch):
+    for received in run_distributed(3, share_job, batch, ["a", "b", "b"]):
         for ours, theirs in zip(received, batch, strict=True):
             for field in ("group", "advantage", "truncated"):
                 assert getattr(ours, field) == getattr(theirs, field), field
@@ -60,5 +60,10 @@ def test_every_rank_gets_rank_0s_sequences(name):
 
 # 0.1 has no float32: were rank 0 to keep its double, ranks would train on different advantages.
 def test_rank_0_uses_the_rounded_advantage_that_the_others_get():
-    results = run_distributed(2, share_job, [sequence(0, [1], [2], 0.1)])
+    results = run_distributed(2, share_job, [sequence(0, [1], [2], 0.1)], ["a", "a"])
     assert results[0][0].advantage == results[1][0].advantage != 0.1
+
+
+def test_the_ranks_of_a_host_have_the_routes_in_the_same_memory():
+    batch, hosts = BATCHES["with routes"], ["a", "b", "a", "b"]
+    assert run_distributed(4, written_routes_job, batch, hosts) == [100, 101, 100, 101]

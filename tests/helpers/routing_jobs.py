@@ -77,7 +77,7 @@ def loop_job(
 
     policy = build_policy(config)
     run: Any = SimpleNamespace(config=config, policy=policy, bad_steps=0)
-    shared = share_sequences(sequences if policy.info.rank == 0 else None)
+    shared = share_sequences(sequences if policy.info.rank == 0 else None, policy.info.hosts)
     passes: list[bool] = []
     replaying, forward_logprobs = RoutingReplay.replaying, Policy._forward_logprobs
     without_gradient = 0

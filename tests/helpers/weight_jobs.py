@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.policy import delivery, shards, share
-from megatron_cpgd.policy.share import share_sequences
+from megatron_cpgd.policy import delivery, host_memory, shards, share
 from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
@@ -21,9 +20,21 @@ from megatron_cpgd.weights.table import WeightTable, rename
 from tests.helpers.policy_jobs import build_policy
 
 
-def share_job(sequences: list[TrainSequence]) -> list[TrainSequence]:
-    with patch.object(share, "BUCKET_BYTES", 24):  # less than a batch, and than most parts of it
-        return share_sequences(sequences if dist.get_rank() == 0 else None)
+def share_job(sequences: list[TrainSequence], hosts: list[str]) -> list[TrainSequence]:
+    with patch.object(
+        host_memory, "PIECE_BYTES", 24
+    ):  # less than a batch, and than most parts of it
+        return share.share_sequences(sequences if dist.get_rank() == 0 else None, hosts)
+
+
+def written_routes_job(sequences: list[TrainSequence], hosts: list[str]) -> int:
+    """The first route after the first rank of each host has put its number there."""
+    received = share_job(sequences, hosts)
+    routes, rank = received[0].rollout_routes, dist.get_rank()
+    if hosts.index(hosts[rank]) == rank:
+        routes[0, 0, 0] = 100 + rank
+    dist.barrier()
+    return int(routes[0, 0, 0])
 
 
 def written_job(config: ExperimentConfig) -> dict[str, Tensor]:
