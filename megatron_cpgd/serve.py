@@ -40,7 +40,6 @@ from megatron_cpgd.rollout.vllm_engine import VllmEngine
 from megatron_cpgd.slurm import find_interface, host_name
 from megatron_cpgd.tracking.logging import setup_logging
 from megatron_cpgd.tracking.run_folder import RunFolder
-from megatron_cpgd.weight_sync.arena import remove_arena
 from megatron_cpgd.weight_sync.node_arena import NodeArena
 from megatron_cpgd.weights.hf_checkpoint import read_config
 from megatron_cpgd.weights.registry import weight_table
@@ -117,7 +116,7 @@ class _Server:
             engine.close()
         self._channel.close()
         if self._weights:
-            remove_arena(self._weights.arena)
+            self._weights.close()
 
     def _serve_engine(self, number: int) -> None:
         def reply(work: Callable[[], Response]) -> Response:

@@ -21,6 +21,9 @@ from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.passes import PassSeconds, pass_seconds, update_seconds
 from megatron_cpgd.planning.workload import Lengths, Workload, workload_of
 
+SENDERS_AT_A_TIME = 4
+"""Of each receiver of an engine node, as weight_sync/receiver.py has it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSeconds:
@@ -227,18 +230,30 @@ def _training(model: Model, layout: Layout, machine: Machine, workload: Workload
 
 def _sync_seconds(model: Model, layout: Layout, machine: Machine, engine: EngineSettings) -> float:
     """Written to the arena by all ranks, summed by rank 0, read and summed by the engine. FP8 is
-    made there, of bf16. A node of engines receives the model through one link, from one replica of
-    the trainer; those of the same replica wait for each other."""
+    made there, of bf16.
+
+    A node of engines receives the model from one replica of the trainer, in equal shares, over as
+    many links as it has receivers and the replica has senders. These send to all nodes of the
+    replica at one time.
+    """
+    rates = machine.efficiency
     read = model.checkpoint_bytes[engine.precision]
     written = model.checkpoint_bytes["fp32" if engine.precision == "fp32" else "bf16"]
-    seconds = written / machine.efficiency.host_copy + read / machine.pcie
+    seconds = 2 * read / rates.host_sum + read / machine.pcie
+    if not engine.nodes:
+        return rates.sync_factor * (seconds + written / rates.host_write)
     of_experts = written * model.expert_parameters / model.parameters
-    for nbytes, replicas in (
-        (written - of_experts, layout.dp), (of_experts, layout.expert_replicas)
-    ):  # fmt: skip
-        turns = -(-engine.nodes // replicas)
-        seconds += turns * nbytes / (machine.network * machine.efficiency.link)
-    return machine.efficiency.sync_factor * seconds
+    for nbytes, replicas, senders in (
+        (written - of_experts, layout.replicas, layout.tp * layout.pp),
+        (of_experts, layout.expert_replicas, layout.ep * layout.etp * layout.pp),
+    ):
+        links = min(machine.receivers, senders)
+        sending = min(SENDERS_AT_A_TIME * links, senders)
+        served = -(-engine.nodes // replicas)
+        slowest = max(1 / links, served / sending)
+        seconds += nbytes * slowest / (machine.network * rates.link)
+        seconds += nbytes / min(links * rates.host_write, rates.host_writes)
+    return rates.sync_factor * seconds
 
 
 def _problems(plan: Plan) -> list[str]:

@@ -51,9 +51,13 @@ class Efficiency:
     """The engine's own work for one decoding iteration."""
     sequence_s: float = 10e-6
     """The engine's own work for one token of one sequence."""
-    host_copy: float = 5e9
-    """Bytes per second of a weight through the arena: written by one process at 10 GB/s, summed
-    twice by 16 threads of 2 GB/s."""
+    host_write: float = 10e9
+    """Bytes per second that one process writes into the arena; assumed of all ranks of a host."""
+    host_writes: float = 80e9
+    """The same of all receivers of an engine node, which share the memory of their host. On its way
+    a byte from a GPU passes it three times: 240 of the 614 GB/s of 16 channels of DDR5-4800."""
+    host_sum: float = 20e9
+    """Bytes per second of a checksum of the arena, by 16 threads."""
     train_factor: float = 1.0
     """Measured / predicted time of the trainer's passes."""
     generate_factor: float = 1.0
@@ -95,6 +99,11 @@ class Machine:
     """Bytes of one node."""
     accelerator: bool = True
     efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def receivers(self) -> int:
+        """Processes of an engine node that take weights, as weight_sync/node_arena.py has it."""
+        return self.gpus_per_node if self.accelerator else max(1, min(4, self.gpus_per_node // 4))
 
     @property
     def usable_memory(self) -> int:
@@ -171,8 +180,8 @@ def cpu_machine() -> Machine:
         accelerator=False,
         efficiency=Efficiency(
             dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
-            iteration_s=1e-2, sequence_s=4e-5, host_copy=2e8, rank_memory=GIB // 8,
-            fragmentation=0.05,
+            iteration_s=1e-2, sequence_s=4e-5, host_write=4e8, host_writes=4e8, host_sum=8e8,
+            rank_memory=GIB // 8, fragmentation=0.05,
         ),
     )  # fmt: skip
 

@@ -259,6 +259,6 @@ def host_memory(
         reference=0,
         offload=0,
         batch=0,
-        processes=process + workers,
+        processes=process * machine.receivers + workers,
     )
     return max(trainer, apart, key=lambda host: host.total)

@@ -306,11 +306,11 @@ def engine_environment(
         if name not in TORCHRUN_NAMES and not name.startswith(TORCHRUN_PREFIXES)
     }
     if devices is not None:
-        kept["CUDA_VISIBLE_DEVICES"] = _visible_devices(devices, kept.get("CUDA_VISIBLE_DEVICES"))
+        kept["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, kept.get("CUDA_VISIBLE_DEVICES"))
     return ENVIRONMENT | (CPU_ENVIRONMENT if cpu else {}) | kept
 
 
-def _visible_devices(devices: list[int], visible: str | None) -> str:
+def visible_devices(devices: list[int], visible: str | None) -> str:
     """CUDA_VISIBLE_DEVICES of a process that gets `devices` of those that are visible to this."""
     if not visible:
         return ",".join(map(str, devices))

@@ -37,7 +37,7 @@ class Arena:
     """With FP8: the weights that become blocks, in bfloat16. Shards end inside a block, so a block
     is quantised when all ranks have written; then it cannot depend on the layout."""
     group: dist.ProcessGroup | None = None
-    """With FP8: the ranks that map the files; None: this process alone."""
+    """With FP8: the ranks that map the files; None on an engine node."""
 
     def view(self, name: str) -> Tensor:
         """Where the policy writes the tensor of this HF name."""
@@ -50,16 +50,17 @@ class Arena:
 
         Collective over these.
         """
-        if self.staging is None:
-            return
+        if self.group is not None:
+            self.quantize(dist.get_rank(self.group), dist.get_world_size(self.group))
+            dist.barrier(self.group)
+
+    def quantize(self, share: int, shares: int) -> None:
+        """Make the FP8 blocks of one of `shares` shares of the weights that become blocks."""
+        assert self.staging is not None
         slots = self.staging.slots
         by_size = sorted(slots, key=lambda name: tensor_bytes(slots[name].dtype, slots[name].shape))
-        if self.group is not None:
-            by_size = by_size[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
-        for name in by_size:
+        for name in by_size[share::shares]:
             _quantize_into(self.file, name, self.staging.view(name))
-        if self.group is not None:
-            dist.barrier(self.group)
 
 
 def open_arena(
@@ -90,7 +91,7 @@ def open_arena(
 
 
 def create_arena(table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"]) -> Arena:
-    """The arena of an engine node, which one process fills. See `open_arena`."""
+    """The arena of an engine node, without a group. See `open_arena`."""
     read, staged = _tensors(table, format)
     remove_stale_arenas()
     file = TensorFile.create(arena_path(os.getpid()), read, _METADATA)

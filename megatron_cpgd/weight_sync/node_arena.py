@@ -4,92 +4,109 @@ As in an arena that ranks write themselves, the count of elements proves each te
 blocks are made when all parts are there.
 """
 
-import threading
+import os
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal
 
+import msgspec
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_cpgd.errors import ConfigError
-from megatron_cpgd.rollout.node_messages import OpenLinks, Received
-from megatron_cpgd.weight_sync.arena import Arena, create_arena
-from megatron_cpgd.weight_sync.links import Link
+from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
+from megatron_cpgd.weight_sync.arena import create_arena, remove_arena
+from megatron_cpgd.weight_sync.receiver import Done, Order, Quantize, Receiver, ReceiverProcess
 from megatron_cpgd.weights.table import WeightTable
 
-SENDERS_AT_A_TIME = 4
-"""Each needs memory for a bucket. All nodes begin with the lowest ranks, so none waits for another
-in a circle."""
+
+def max_receivers(backend: str) -> int:
+    """How many processes of this node take weights, if as many ranks send: one for each GPU with
+    NCCL, since each GPU has a network card; else one for four cores, and no more than four."""
+    if backend == "nccl":
+        return torch.cuda.device_count()
+    return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 
 class NodeArena:
-    """The arena of one engine node and its connections to the ranks that serve it."""
+    """The arena of one engine node and the processes that fill it: this one, and with several
+    ranks others. To be used by one thread, with which these others end."""
 
     def __init__(
         self, table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"], node: int
     ) -> None:
-        self.arena: Arena = create_arena(table, format)
+        self.arena = create_arena(table, format)
         self._table, self._node = table, node
-        self._links: list[Link] = []
+        self._processes: list[ReceiverProcess] = []
+        self._receivers: list[Receiver | ReceiverProcess] = []
 
     def open_links(self, message: OpenLinks) -> None:
-        """Connect to the ranks, in the order of their numbers.
+        """Connect to the ranks, each of which belongs to one receiver from now on.
 
         Raises:
             ConfigError: they send from GPUs, and there is none here.
+            RolloutError: a receiver process has failed.
         """
-        if message.backend == "nccl" and not torch.cuda.is_available():
+        nccl = message.backend == "nccl"
+        if nccl and not torch.cuda.is_available():
             raise ConfigError(
                 f"engine node {self._node}: the trainer sends from its GPUs by NCCL, and torch "
                 "sees no GPU here; start the node with GPUs, or the trainer without"
             )
-        timeout = timedelta(seconds=message.timeout_s)
-        store = TCPStore(message.host, message.port, timeout=timeout)
-        self._links = [
-            Link(
-                store,
-                rank=rank,
-                node=self._node,
-                is_node=True,
-                backend=message.backend,
-                timeout=timeout,
-            )
-            for rank in message.ranks
-        ]
+        count = min(max_receivers(message.backend), len(message.ranks))
+        self._receivers = [Receiver(self.arena, self._node)]
+        for i in range(1, count):
+            gpu = i if nccl else None
+            self._processes.append(ReceiverProcess(self.arena, self._node, number=i, gpu=gpu))
+        self._receivers += self._processes
+        self._order(
+            [msgspec.structs.replace(message, ranks=message.ranks[i::count]) for i in range(count)]
+        )
 
     def receive(self, version: int) -> Received:
         """Fill the arena with what the ranks send now.
 
         Raises:
             ConversionError: a tensor was not received once and whole.
+            RolloutError: a receiver process has failed.
             RuntimeError: a rank is gone.
         """
         start = time.perf_counter()
-        written: Counter[str] = Counter()
-        network_bytes = 0
-        adding = threading.Lock()
-
-        def take(link: Link) -> None:
-            nonlocal network_bytes
-            for name, index, values in link.receive():
-                self.arena.view(name)[index].copy_(values)
-                with adding:
-                    written[name] += values.numel()
-                    network_bytes += values.nbytes
-
-        with ThreadPoolExecutor(SENDERS_AT_A_TIME, "weights") as threads:
-            for _ in threads.map(take, self._links):
-                pass
+        count = len(self._receivers)
+        taken = self._order([Receive(version=version)] * count)
         seconds = time.perf_counter() - start
-        self._table.check_written(written)
-        self.arena.complete()
+        elements: Counter[str] = Counter()
+        for each in taken:
+            elements.update(each.elements)
+        self._table.check_written(elements)
+        if self.arena.staging is not None:
+            self._order([Quantize(share=i, shares=count) for i in range(count)])
         return Received(
             version=version,
             arena=str(self.arena.file.path),
             digest=self.arena.file.digest(),
-            network_bytes=network_bytes,
+            network_bytes=sum(each.nbytes for each in taken),
             network_s=seconds,
         )
+
+    def close(self) -> None:
+        """End the other processes, and free the memory. Any thread may call it."""
+        for process in self._processes:
+            process.close()
+        remove_arena(self.arena)
+
+    def _order(self, orders: Sequence[Order]) -> list[Done]:
+        """The answer of each receiver to its order, which they carry out at one time; an error is
+        raised while others may still be busy."""
+        if len(self._receivers) == 1:
+            return [self._receivers[0].obey(orders[0])]
+        threads = ThreadPoolExecutor(len(orders), "receivers")
+        futures = [
+            threads.submit(receiver.obey, order)
+            for receiver, order in zip(self._receivers, orders, strict=True)
+        ]
+        threads.shutdown(wait=False)
+        for future in as_completed(futures):
+            future.result()
+        return [future.result() for future in futures]

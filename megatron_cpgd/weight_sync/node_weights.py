@@ -78,7 +78,8 @@ class NodeWeights:
         self._links: dict[int, Link] = {}
 
         def open_links() -> None:
-            # In the order of the nodes, which take the ranks in theirs: nobody waits in a circle.
+            # In the order of the nodes, whose receivers take the ranks in theirs: nobody waits in
+            # a circle.
             for node in mine:
                 self._links[node] = Link(
                     self._store,

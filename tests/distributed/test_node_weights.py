@@ -55,6 +55,28 @@ def test_every_node_receives_the_whole_model(models, tmp_path, case):
     assert all(result.reports == [] for result in results[1:])
 
 
+def test_processes_of_a_node_receive_together_what_one_receives(models, tmp_path):
+    """Each rank of the one replica belongs to one of two processes on both nodes."""
+    config = tiny_config(models["qwen3"], parallel={"pp": 2})
+    results = run_distributed(2, node_weights_job, config, tmp_path, 2, 2048, receivers=2)
+    expected = load_file(models["qwen3"] / "model.safetensors")
+    for received in results[0].tensors:
+        assert received.keys() == expected.keys()
+        assert all(received[name].equal(tensor) for name, tensor in expected.items())
+    whole = sum(tensor.nbytes for tensor in expected.values())
+    assert [report.network_bytes for report in results[0].reports] == [whole, whole]
+    assert len({report.digest for report in results[0].reports}) == 1
+
+
+def test_a_killed_receiver_ends_the_run_with_its_reason(models, tmp_path):
+    config = tiny_config(models["qwen3"], parallel={"pp": 2})
+    first, second = run_distributed(
+        2, node_weights_job, config, tmp_path, 1, 2048, receivers=2, killed=True
+    )
+    assert first.error == ("RolloutError: receiver 1 of the weights has ended with exit code -9")
+    assert second.error  # its connection broke: no rank waits for the other end
+
+
 def test_each_of_two_experts_replicas_sends_its_half_of_the_experts_alone(models, tmp_path):
     """Dense layers come from the replica of the node's number, experts from both ranks."""
     config = tiny_config(models["qwen3_moe"], parallel={"dp": 2, "ep": 2})
@@ -84,3 +106,14 @@ def test_a_node_makes_the_fp8_blocks_that_ranks_beside_the_engine_make(models, t
         2, node_weights_job, config, tmp_path / "run", 2, 2**20, format="fp8_block"
     )
     assert [report.digest for report in results[0].reports] == [digest, digest]
+    [split] = run_distributed(  # three processes for four ranks
+        4,
+        node_weights_job,
+        tiny_config(models["qwen3"], parallel={"tp": 2, "pp": 2}),
+        tmp_path / "split",
+        1,
+        2**20,
+        format="fp8_block",
+        receivers=3,
+    )[0].reports
+    assert split.digest == digest

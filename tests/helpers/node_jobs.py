@@ -1,6 +1,7 @@
 """Jobs for `run_distributed` about engine nodes, which are processes beside the ranks."""
 
 import os
+import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.errors import ConversionError, RunError
+from megatron_cpgd.errors import ConversionError, RolloutError
 from megatron_cpgd.policy import shards
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.lifetime import end_with_parent
-from megatron_cpgd.rollout.messages import Failed
+from megatron_cpgd.rollout.messages import Failed, as_message
 from megatron_cpgd.rollout.node_channel import connect
 from megatron_cpgd.rollout.node_messages import Hello, Leave, Left, OpenLinks, Receive, Received
-from megatron_cpgd.weight_sync import shared_memory
-from megatron_cpgd.weight_sync.arena import remove_arena
+from megatron_cpgd.weight_sync import node_arena, node_weights, shared_memory
 from megatron_cpgd.weight_sync.node_arena import NodeArena
 from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weights import buckets
@@ -48,12 +48,16 @@ def node_weights_job(
     *,
     format: Literal["bf16", "fp32", "fp8_block"] = "fp32",
     lost: str | None = None,
+    receivers: int = 1,
+    killed: bool = False,
 ) -> NodeSync:
     """Sync twice; the weights are those of `config.model.path`.
 
     Args:
         folder: where the nodes have their memory and the keys lie.
         lost: Megatron parameter that no rank sends.
+        receivers: processes that take weights on each node.
+        killed: the last of them is, between the two syncs.
     """
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     key_file, servers, hub = folder / "key", [], None
@@ -65,7 +69,7 @@ def node_weights_job(
             if servers[-1] == 0:
                 try:
                     end_with_parent(rank_0)
-                    _serve(config.model.path, folder, key_file, node, format)
+                    _serve(config.model.path, folder, key_file, node, format, receivers, killed)
                 finally:
                     os._exit(0)
         hub = EngineNodes(
@@ -81,12 +85,13 @@ def node_weights_job(
     with (
         patch.object(buckets, "BUCKET_BYTES", bucket_bytes),
         patch.object(shards, "iter_weights", without_lost),
+        patch.object(node_weights, "_REASON_S", 5.0 if hub else 0.0),
     ):
         weights = NodeWeights(policy, hub, count=nodes, start_timeout_s=30, step_timeout_s=30)
         try:
             for version in (1,) if lost else (1, 2):
                 result.reports = weights.deliver(version)
-        except RunError as error:
+        except RuntimeError as error:  # a rank that has lost a node, or rank 0, which knows why
             result.error = f"{type(error).__name__}: {error}"
         dist.barrier()
         sent: Counter[int] = Counter()
@@ -104,10 +109,15 @@ def node_weights_job(
     return result
 
 
-def _serve(model: Path, folder: Path, key_file: Path, node: int, format: Any) -> None:
+def _serve(
+    model: Path, folder: Path, key_file: Path, node: int, format: Any, receivers: int, killed: bool
+) -> None:
     """An engine node without engines."""
     channel, _ = connect(key_file, Hello(node=node, host=f"host{node}"), 30)
-    with patch.object(shared_memory, "SHARED_MEMORY", folder):
+    with (
+        patch.object(shared_memory, "SHARED_MEMORY", folder),
+        patch.object(node_arena, "max_receivers", lambda _: receivers),
+    ):
         arena = NodeArena(weight_table(read_config(model)), format, node)
         while True:
             for message in channel.exchange(1.0):
@@ -115,12 +125,17 @@ def _serve(model: Path, folder: Path, key_file: Path, node: int, format: Any) ->
                     case OpenLinks():
                         arena.open_links(message)
                     case Receive():
+                        if killed and message.version == 2:
+                            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+                            os.kill(int(children.split()[-1]), signal.SIGKILL)
                         try:
                             channel.send(arena.receive(message.version))
                         except ConversionError as error:
                             channel.send(Failed(kind="weights", message=f"{error}"))
+                        except RolloutError as error:
+                            channel.send(as_message(error))
                     case Leave():
                         channel.send(Left())
                         channel.close()
-                        remove_arena(arena.arena)
+                        arena.close()
                         return

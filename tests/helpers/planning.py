@@ -75,4 +75,5 @@ def published_plan(
         logprob_micro_tokens=longest, forward_passes=1, updates=updates, epochs=1, routes=False,
     )  # fmt: skip
     # Their weights do not go through a host's memory.
-    return estimate(public_model(name), layout, with_factors(machine, host_copy=2e11), workload)
+    machine = with_factors(machine, host_write=4e11, host_sum=8e11)
+    return estimate(public_model(name), layout, machine, workload)

@@ -1,14 +1,20 @@
 """Plans of engines on nodes of their own."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_cpgd.config.load import read_config
+from megatron_cpgd.planning import estimate
 from megatron_cpgd.planning.estimate import Plan, make_plan
-from megatron_cpgd.planning.machine import GPUS
+from megatron_cpgd.planning.machine import GPUS, cpu_machine
 from megatron_cpgd.planning.search import Planner, find_fixes
 from megatron_cpgd.planning.workload import assumed_lengths
+from megatron_cpgd.weight_sync import receiver
+from megatron_cpgd.weight_sync.node_arena import max_receivers
 from tests.helpers.planning import public_config, public_model
 from tests.helpers.valid_run import write_run
 
@@ -33,11 +39,11 @@ def test_engines_on_nodes_of_their_own_leave_the_trainer_s_gpus_and_host_alone(
     assert (apart.gpus, apart.nodes) == (8 + 16, 3)
     assert beside.beside(0) == 4 * beside.engine.claimed
     assert apart.beside(0) == 0 and apart.fits and not beside.fits
-    # A node of engines: the weights, eight workers and the process that serves; the trainer's:
-    # eight ranks and their tokens, which is less.
+    # A node of engines: the weights, eight workers, eight processes that receive, of which one
+    # serves; the trainer's: eight ranks and their tokens, which is less.
     assert apart.host.name == "a node of engines"
     assert apart.host.arena == 2 * public_model("Qwen3-8B").parameters
-    assert apart.host.processes == 9 * 3 * GIB
+    assert apart.host.processes == 16 * 3 * GIB
 
 
 def test_sampling_takes_as_long_wherever_the_engines_are_but_runs_beside_training(
@@ -51,25 +57,48 @@ def test_sampling_takes_as_long_wherever_the_engines_are_but_runs_beside_trainin
     assert ahead.seconds.generate == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("nodes", "turns"), [(1, 1), (2, 1), (4, 2)])
-def test_nodes_of_different_replicas_receive_the_weights_at_one_time(
-    tmp_path: Path, nodes: int, turns: int
+# Links of 35 GB/s, 0.7 of 50. Beside the trainer weights are written at 10 GB/s.
+@pytest.mark.parametrize(
+    ("nodes", "trainer", "link_rate", "written_rate"),
+    [
+        (1, ("parallel.dp=2",), 4 * 35e9, 40e9),  # tp 4: four ranks send, four processes receive
+        (2, ("parallel.dp=2",), 4 * 35e9, 40e9),  # each replica to its own node
+        (4, ("parallel.dp=2",), 4 * 35e9 / 2, 40e9),  # each to two: half of a rank's link for one
+        (1, ("parallel.cp=2", "parallel.dp=1"), 4 * 35e9, 40e9),
+        (2, ("parallel.cp=2", "parallel.dp=1"), 4 * 35e9, 40e9),  # a replica by cp is one
+        (2, ("parallel.pp=4", "parallel.dp=1"), 8 * 35e9, 80e9),  # 16 ranks, half of their links
+        (4, ("parallel.pp=4", "parallel.dp=1"), 16 * 35e9 / 4, 80e9),
+    ],
+)
+def test_every_gpu_of_a_node_receives_and_ranks_share_their_links_over_the_nodes(
+    tmp_path: Path, nodes: int, trainer: tuple[str, ...], link_rate: float, written_rate: float
 ) -> None:
-    # dp 2: two replicas send. Each node takes 2 * 8.19e9 bytes over 0.7 of a link of 50 GB/s.
-    beside, apart = plan(tmp_path), plan(tmp_path, f"rollout.nodes={nodes}")
-    link = turns * 2 * public_model("Qwen3-8B").parameters / 35e9
-    assert apart.seconds.sync - beside.seconds.sync == pytest.approx(link)
+    beside, apart = plan(tmp_path, *trainer), plan(tmp_path, *trainer, f"rollout.nodes={nodes}")
+    nbytes = 2 * public_model("Qwen3-8B").parameters
+    more = nbytes / link_rate + nbytes / written_rate - nbytes / 10e9
+    assert apart.seconds.sync - beside.seconds.sync == pytest.approx(more)
 
 
 def test_experts_are_sent_by_their_own_replicas(tmp_path: Path) -> None:
-    # ep 8 over 8 ranks: one replica of the experts, two of the rest.
+    # ep 8 over 8 ranks: one replica of the experts, whose eight ranks send to both nodes; two of
+    # the rest, of which four ranks send to one.
     model = public_model("Qwen3-30B-A3B")
     sizes = ("parallel.ep=8", "model.recompute=full")
     beside = plan(tmp_path, *sizes, model="Qwen3-30B-A3B")
     apart = plan(tmp_path, *sizes, "rollout.nodes=2", model="Qwen3-30B-A3B")
     experts = 48 * 128 * 3 * 2048 * 768
-    link = 2 * (2 * experts + (model.parameters - experts)) / 35e9
-    assert apart.seconds.sync - beside.seconds.sync == pytest.approx(link)
+    dense = model.parameters - experts
+    link = 2 * (experts / 4 + dense / 4) / 35e9
+    write = 2 * (experts / 80e9 + dense / 40e9 - model.parameters / 10e9)
+    assert apart.seconds.sync - beside.seconds.sync == pytest.approx(link + write)
+
+
+def test_a_plan_knows_what_a_node_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert max_receivers("nccl") == GPUS["h100"].receivers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    assert max_receivers("gloo") == replace(cpu_machine(), gpus_per_node=12).receivers == 3
+    assert estimate.SENDERS_AT_A_TIME == receiver.SENDERS_AT_A_TIME
 
 
 def test_more_engines_than_a_node_has_gpus_for_is_a_problem(tmp_path: Path) -> None:
