@@ -38,6 +38,7 @@ def check(results: dict[str, Any]) -> None:
     assert "the memory belongs to another process by now" in replaced
 
 
+@pytest.mark.slow
 def test_an_engine_samples_the_same_from_weights_in_place_and_refuses_others(tmp_path):
     check(sampled(tmp_path))
 
