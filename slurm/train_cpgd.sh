@@ -50,8 +50,8 @@ before=$(export -p)
 source "$root/slurm/common.sh"
 
 [[ $dry_run == 1 || -n ${SLURM_JOB_ID:-} ]] || fail "submit it with sbatch, or give --dry-run"
-ranks=$(once "${cli[@]}" config --ranks "$@")
-engine_nodes=$(once "${cli[@]}" config --engine-nodes "$@")
+counts=$(once "${cli[@]}" config --counts "$@")
+read -r ranks engine_nodes <<<"$counts"
 trainer_nodes=$((nodes - engine_nodes))
 [[ $trainer_nodes -gt 0 ]] || fail "rollout.nodes=$engine_nodes of $nodes node(s) leave none for the" \
   "ranks: use more nodes"

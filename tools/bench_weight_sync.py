@@ -82,7 +82,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     from megatron_cpgd.rollout.vllm_engine import VllmEngine
     from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
     from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
-    from megatron_cpgd.weight_sync.in_place import SharedWeights
+    from megatron_cpgd.weight_sync.in_place import InPlaceWeights
     from megatron_cpgd.weight_sync.sync import WeightRoute, sync_weights
     from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
     from megatron_cpgd.weights.registry import weight_table
@@ -108,7 +108,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             policy = Policy(config, info, checkpoint, table)
         format = config.precision.engine_weights
         arena = open_arena(table, format)
-        weights = SharedWeights(policy, table, format, beside_rank_0=True)
+        weights = InPlaceWeights(policy, table, format, beside_rank_0=True)
         assert arena is not None
         ways: dict[str, WeightRoute] = {
             "arena": ArenaWeights(policy, arena), "in_place": weights

@@ -13,12 +13,11 @@ DIR; docs/scaling_study.md says what is in them.
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-from megatron_cpgd.cli import INTERRUPTED
-from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, UserError
+from megatron_cpgd.errors import RUN_ERROR, UserError
+from megatron_cpgd.study.command import run_command
 from megatron_cpgd.study.pool import lock_folder
 from megatron_cpgd.study.runs import claim_folder
 from megatron_cpgd.study.scaling.cells import ScalingStudy, load_study
@@ -32,18 +31,14 @@ from megatron_cpgd.study.scaling.table import Table
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 the study file or a folder is wrong; 3 some runs failed; 130 Ctrl-C."""
     arguments = _build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+
+    def command() -> int:
         to_run = arguments.command is not _simulate
         study = load_study(arguments.study, arguments.out, to_run=to_run)
         code: int = arguments.command(arguments, study)
-    except UserError as error:
-        sys.stderr.write(f"scaling_study: {error}\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command makes the rest\n")
-        return INTERRUPTED
-    return code
+        return code
+
+    return run_command("scaling_study", command)
 
 
 def _build_parser() -> argparse.ArgumentParser:

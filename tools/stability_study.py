@@ -14,13 +14,12 @@ the tables that are there.
 """
 
 import argparse
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_cpgd.cli import INTERRUPTED
-from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, UserError
+from megatron_cpgd.errors import RUN_ERROR
+from megatron_cpgd.study.command import run_command
 from megatron_cpgd.study.pool import lock_folder, make_runs
 from megatron_cpgd.study.runs import claim_folder, plan_runs
 from megatron_cpgd.study.spec import Study, load_study
@@ -29,17 +28,13 @@ from megatron_cpgd.study.spec import Study, load_study
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 the study file or a folder is wrong; 3 some runs failed; 130 Ctrl-C."""
     arguments = _build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+
+    def command() -> int:
         study = load_study(arguments.study, to_run=arguments.command is _run)
         code: int = arguments.command(arguments, study)
-    except UserError as error:
-        sys.stderr.write(f"stability_study: {error}\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command makes the rest\n")
-        return INTERRUPTED
-    return code
+        return code
+
+    return run_command("stability_study", command)
 
 
 def _build_parser() -> argparse.ArgumentParser:

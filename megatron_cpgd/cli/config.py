@@ -26,10 +26,7 @@ def add_parser(commands: Commands) -> None:
         "--changed", action="store_true", help="print only what differs from the defaults"
     )
     what.add_argument(
-        "--ranks", action="store_true", help="print only the number of trainer processes"
-    )
-    what.add_argument(
-        "--engine-nodes", action="store_true", help="print only the number of engine nodes"
+        "--counts", action="store_true", help="print trainer processes and engine nodes, no more"
     )
     parser.set_defaults(run=run)
 
@@ -46,10 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_cpgd.config.load import format_config, load_config
 
     config = load_config(arguments.config, arguments.overrides, arguments.model_config)
-    if arguments.ranks:
-        sys.stdout.write(f"{config.parallel.world_size}\n")
-    elif arguments.engine_nodes:
-        sys.stdout.write(f"{config.rollout.nodes}\n")
+    if arguments.counts:
+        sys.stdout.write(f"{config.parallel.world_size} {config.rollout.nodes}\n")
     else:
         sys.stdout.write(format_config(config, only_changed=arguments.changed))
     return 0

@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings."""
-    from megatron_cpgd.doctor import examine, format_findings
+    from megatron_cpgd.doctor.examine import examine, format_findings
     from megatron_cpgd.slurm import host_name
 
     findings = examine(arguments.config, arguments.overrides, os.environ)

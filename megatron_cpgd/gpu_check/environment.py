@@ -2,7 +2,7 @@
 
 import os
 
-from megatron_cpgd.doctor import examine
+from megatron_cpgd.doctor.examine import examine
 from megatron_cpgd.gpu_check.checks import Check, Emit, Setup
 
 

@@ -10,9 +10,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cpgd.policy import device
-from megatron_cpgd.policy.delivery import receive_pieces, receiver_of, send_pieces, senders_to
+from megatron_cpgd.policy.delivery import RankChannel, receiver_of, senders_to
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.weights.buckets import Piece
+from megatron_cpgd.weights.bucket_stream import receive_pieces, send_buckets
+from megatron_cpgd.weights.buckets import Piece, iter_buckets
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import (
     Entry,
@@ -86,17 +87,15 @@ def write_hf_weights(
     written = torch.zeros(len(index), dtype=torch.int64, device=device.current())
     own = _own_weights(chunks, table, info)
     if view is None:
-        send_pieces(
-            (piece for entry, tensor in own for piece in _pieces(entry, tensor, info)),
-            receiver_of(info),
-        )
+        pieces = (piece for entry, tensor in own for piece in _pieces(entry, tensor, info))
+        send_buckets([([RankChannel(receiver_of(info))], list(iter_buckets(pieces)))])
     else:
         for entry, tensor in own:
             counts = export_tensor(entry, tensor, view, **_cut(entry, info))
             for hf_name, elements in counts.items():
                 written[index[hf_name]] += elements
         for sender in senders_to(info):
-            for hf_name, place, values in receive_pieces(sender):
+            for hf_name, place, values in receive_pieces(RankChannel(sender)):
                 view(hf_name)[place].copy_(values)
                 written[index[hf_name]] += values.numel()
     dist.all_reduce(written)

@@ -102,7 +102,7 @@ class AssembledWeights:
         return codes
 
     def digest(self) -> str:
-        """As `SharedWeights.digest`, of what was read. On return all reads are done."""
+        """As `InPlaceWeights.digest`, of what was read. On return all reads are done."""
         sums = torch.stack([self._fingerprints[name] for name in self._full])
         return combine(self._full, sums.tolist())
 

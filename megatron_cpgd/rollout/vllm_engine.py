@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,23 +18,13 @@ import msgspec
 import zmq
 
 from megatron_cpgd.errors import ConfigError, RolloutError
-from megatron_cpgd.rollout.engine import RefreshReport, Sampling
+from megatron_cpgd.rollout.message_engine import MessageEngine
 from megatron_cpgd.rollout.messages import (
-    Asleep,
     Close,
-    Failed,
-    Generate,
-    Generated,
     Launch,
-    Ready,
-    Refresh,
-    Refreshed,
     Request,
     Response,
-    Sleep,
-    as_error,
 )
-from megatron_cpgd.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +54,7 @@ TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_")
 TORCHRUN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 
 
-class VllmEngine:
+class VllmEngine(MessageEngine):
     """A RolloutEngine on vLLM. Construct it in a thread that lives as long as the engine should.
 
     Any thread may call it; calls wait for each other, but `close` ends the one that is going on.
@@ -101,9 +90,7 @@ class VllmEngine:
             sleeps: accept `sleep`.
             devices: CUDA devices of the engine, numbered as this process sees them; None: all.
         """
-        self._calling = threading.Lock()
-        self._start_timeout_s = start_timeout_s
-        self._step_timeout_s = step_timeout_s
+        super().__init__(start_timeout_s=start_timeout_s, step_timeout_s=step_timeout_s)
         # mkdtemp gives mode 0700: nobody else can reach the socket.
         self._directory = tempfile.TemporaryDirectory(prefix="megatron-cpgd-")
         self._log_path = log_path or Path(self._directory.name) / "engine.log"
@@ -111,7 +98,6 @@ class VllmEngine:
         self._channel = self._context.socket(zmq.PAIR)
         address = f"ipc://{self._directory.name}/socket"
         self._channel.bind(address)
-        self._ready = False
         self._busy = False
         """Whether a request has no answer yet."""
         self._process = self._start(
@@ -149,48 +135,6 @@ class VllmEngine:
         """Process id of the engine."""
         return self._process.pid
 
-    def wait_ready(self) -> None:
-        """Return once the model is loaded; the other methods do this first if need be.
-
-        Raises:
-            ConfigError: an engine argument is wrong, or the engine cannot return routes.
-            RolloutError: the engine died or did not load in time.
-        """
-        with self._calling:
-            self._wait_ready()
-
-    def _wait_ready(self) -> None:
-        if not self._ready:
-            self._receive(Ready, self._start_timeout_s, "loading the model")
-            self._ready = True
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        *,
-        seeds: list[int] | None = None,
-        version: int,
-    ) -> list[list[Rollout]]:
-        """See RolloutEngine.generate."""
-        request = Generate(prompts=prompts, sampling=sampling, seeds=seeds, version=version)
-        return self._call(request, Generated, "generating").groups
-
-    def refresh(self, arena: Path, version: int) -> RefreshReport:
-        """See RolloutEngine.refresh."""
-        start = time.perf_counter()
-        receipt = self._call(Refresh(arena=str(arena), version=version), Refreshed, "refreshing")
-        return RefreshReport(
-            seconds=time.perf_counter() - start,
-            tensors=receipt.tensors,
-            nbytes=receipt.nbytes,
-            digest=receipt.digest,
-        )
-
-    def sleep(self) -> None:
-        """See RolloutEngine.sleep."""
-        self._call(Sleep(), Asleep, "falling asleep")
-
     def close(self) -> None:
         """See RolloutEngine.close."""
         if self._calling.locked():
@@ -211,23 +155,19 @@ class VllmEngine:
         self._context.destroy(linger=0)
         self._directory.cleanup()
 
-    def _call[Answer: Response](self, request: Request, kind: type[Answer], what: str) -> Answer:
-        with self._calling:
-            if self._context.closed:
-                raise RolloutError(f"{what}: the engine was closed")
-            self._wait_ready()
-            self._busy = True
-            self._send(request)
-            return self._receive(kind, self._step_timeout_s, what)
-
     def _send(self, request: Request) -> None:
+        if self._context.closed:
+            return  # the wait for its answer will say so
+        self._busy = True
         try:
             self._channel.send(msgspec.msgpack.encode(request), zmq.NOBLOCK)
         except zmq.Again:
             # The engine has hung up; the wait for its answer will find it dead.
             self._kill()
 
-    def _receive[Answer: Response](self, kind: type[Answer], limit_s: float, what: str) -> Answer:
+    def _answer(self, limit_s: float, what: str) -> Response:
+        if self._context.closed:
+            raise RolloutError(f"{what}: the engine was closed")
         deadline = time.monotonic() + limit_s
         while not self._channel.poll(POLL_MS):
             # It may have answered just before it ended.
@@ -240,11 +180,8 @@ class VllmEngine:
                     f"{what}: no answer from the engine within {limit_s:g} s, so it was killed; "
                     f"last lines of its log:\n{self._log_tail()}"
                 )
-        answer = msgspec.msgpack.decode(self._channel.recv(), type=Response)
+        answer: Response = msgspec.msgpack.decode(self._channel.recv(), type=Response)
         self._busy = False
-        if isinstance(answer, Failed):
-            raise as_error(answer)
-        assert isinstance(answer, kind), f"{what}: {type(answer).__name__} is not {kind.__name__}"
         return answer
 
     def _kill(self) -> None:

@@ -51,7 +51,7 @@ _Held = dict[tuple[str, Ranges], tuple[Copy, str]]
 """Where the pieces of a rank are, and their number formats."""
 
 
-class SharedWeights:
+class InPlaceWeights:
     """A WeightRoute: the weights as they are at any time, for the engines of rank 0's host."""
 
     def __init__(

@@ -15,8 +15,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
-from megatron_cpgd.weight_sync.links import Link, send_buckets
+from megatron_cpgd.weight_sync.links import Link
 from megatron_cpgd.weight_sync.sync import Sent
+from megatron_cpgd.weights.bucket_stream import send_buckets
 from megatron_cpgd.weights.buckets import Piece, iter_buckets
 
 _LOOK_S = 0.5

@@ -29,6 +29,7 @@ from megatron_cpgd.rollout.node_messages import OpenLinks, Receive
 from megatron_cpgd.rollout.vllm_engine import visible_devices
 from megatron_cpgd.weight_sync.arena import Arena
 from megatron_cpgd.weight_sync.links import Link
+from megatron_cpgd.weights.bucket_stream import receive_pieces
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Receiver:
 
         def take(link: Link) -> None:
             nonlocal nbytes
-            for name, index, values in link.receive():
+            for name, index, values in receive_pieces(link):
                 self._arena.view(name)[index].copy_(values)
                 with adding:
                     elements[name] += values.numel()

