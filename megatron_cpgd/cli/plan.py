@@ -115,13 +115,15 @@ def _search(planner: "Planner", arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> "Machine":
     from megatron_cpgd.planning.machine import find_machine, save_machine
-    from megatron_cpgd.planning.outcome import calibrate
+    from megatron_cpgd.planning.outcome import calibrate, format_outcome, read_outcome
     from megatron_cpgd.tracking.run_folder import RunFolder
 
     given = find_machine(arguments.machine) if arguments.machine else None
-    machine, lines = calibrate(RunFolder(arguments.calibrate), given)
+    outcome = read_outcome(RunFolder(arguments.calibrate), given)
+    machine = calibrate(outcome)
     save_machine(machine, arguments.out)
-    sys.stderr.write("\n".join([*lines, f"written: {arguments.out}"]) + "\n")
+    lines = [*format_outcome(outcome), f"written: {arguments.out}"]
+    sys.stderr.write("\n".join(lines) + "\n")
     return machine
 
 

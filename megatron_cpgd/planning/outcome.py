@@ -79,16 +79,14 @@ def read_outcome(
     )  # fmt: skip
 
 
-def calibrate(folder: RunFolder, machine: Machine | None = None) -> tuple[Machine, list[str]]:
-    """The machine with the factors that make its prediction of this run right, and how far off it
-    was."""
-    outcome = read_outcome(folder, machine)
+def calibrate(outcome: Outcome) -> Machine:
+    """The machine of the plan with the factors that make its prediction of this run right."""
     before, plan = outcome.plan.machine.efficiency, outcome.plan
     memory = before.rank_memory
     if outcome.memory_gib is not None:
         formulas = plan.worst.total - memory
         memory = max(int(outcome.memory_gib * 2**30) - formulas, 0)
-    fitted = with_factors(
+    return with_factors(
         plan.machine,
         train_factor=before.train_factor * outcome.train_ratio,
         generate_factor=before.generate_factor * _generate_ratio(outcome),
@@ -96,7 +94,6 @@ def calibrate(folder: RunFolder, machine: Machine | None = None) -> tuple[Machin
         other_s=outcome.seconds["other"],
         rank_memory=memory,
     )
-    return fitted, format_outcome(outcome)
 
 
 def _generate_ratio(outcome: Outcome) -> float:

@@ -6,7 +6,8 @@ import os
 import platform
 
 from megatron_cpgd.errors import UserError
-from megatron_cpgd.planning.outcome import read_outcome
+from megatron_cpgd.planning.machine import Machine
+from megatron_cpgd.planning.outcome import Outcome, calibrate, read_outcome
 from megatron_cpgd.study.scaling.cells import Cell, ImpossibleError, ScalingStudy
 from megatron_cpgd.study.scaling.runs import CellRun
 from megatron_cpgd.study.scaling.table import (
@@ -35,7 +36,10 @@ def collect(study: ScalingStudy) -> Table:
     Raises:
         UserError: no cell has run.
     """
-    rows = by_key(_collected(cell, study.spec.warmup_steps) for cell in study.cells.values())
+    warmup = study.spec.warmup_steps
+    first = next(filter(is_done, study.cells.values()), None)
+    machine = calibrate(_outcome(first, warmup)) if first else study.machine
+    rows = by_key(_collected(cell, machine, warmup) for cell in study.cells.values())
     ended = [key for key, row in rows.items() if row.state in ("done", "failed")]
     if not ended:
         raise UserError(f"no cell of {study.path} has run; `run` or `submit` does it")
@@ -64,16 +68,23 @@ def is_done(cell: Cell) -> bool:
         return False
 
 
-def _collected(cell: Cell, warmup_steps: int) -> CellRow:
+def _collected(cell: Cell, calibrated: Machine, warmup_steps: int) -> CellRow:
     run = CellRun(cell)
     if is_done(cell):
-        outcome = read_outcome(run.run, cell.planner.machine, warmup_steps=warmup_steps)
-        return measured(cell, outcome.plan, outcome.seconds, outcome.steps, outcome.memory_gib)
+        plan = _outcome(cell, warmup_steps, calibrated).plan
+        return measured(cell, _outcome(cell, warmup_steps), plan)
     if row := why_not(cell):
         return row
     if run.log.exists():
         return without_result(cell, "failed", run.failure())
     return without_result(cell, "missing", "not run yet")
+
+
+def _outcome(cell: Cell, warmup_steps: int, machine: Machine | None = None) -> Outcome:
+    """Of its run, beside the prediction for this machine, by default that of the study."""
+    return read_outcome(
+        CellRun(cell).run, machine or cell.planner.machine, warmup_steps=warmup_steps
+    )
 
 
 def _facts() -> dict[str, str]:

@@ -194,10 +194,12 @@ def _predictions(table: Table) -> str:
     lines = [
         "## Measured over predicted",
         "",
-        "Predictions are for the lengths that the responses had.",
+        "Predictions are for the lengths that the responses had. For the last two columns, `plan",
+        "--calibrate` has fitted the machine to the first cell.",
         "",
-        "| cell | step | generate | log-probs | train | sync | memory |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| cell | step | generate | log-probs | train | sync | memory | step, calibrated | memory, "
+        "calibrated |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in table.rows.values():
         if row.state == "done":
@@ -208,6 +210,8 @@ def _predictions(table: Table) -> str:
                 (row.train_s, row.predicted_train_s),
                 (row.sync_s, row.predicted_sync_s),
                 (row.memory_gib, row.predicted_memory_gib),
+                (row.step_s, row.calibrated_step_s),
+                (row.memory_gib, row.calibrated_memory_gib),
             ]
             cells = " | ".join(_ratio(*pair) for pair in ratios)
             lines.append(f"| {_name(row, table.unit)}, {row.prompts} prompts | {cells} |")

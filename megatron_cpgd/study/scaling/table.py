@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_cpgd.files import write_text_atomic
 from megatron_cpgd.planning.estimate import Plan
+from megatron_cpgd.planning.outcome import Outcome
 from megatron_cpgd.study.rows import format_csv
 from megatron_cpgd.study.scaling.cells import Cell, Series
 
@@ -59,7 +60,7 @@ class CellRow:
     bubble: float = math.nan
     """Share of the training passes in which a pipeline stage waits, by the plan's formula."""
     memory_gib: float = math.nan
-    """Peak of the rank with most."""
+    """Peak of the rank with most; where it is predicted, with what engines have on its GPU."""
     predicted_step_s: float = math.nan
     """With the lengths that were measured, as all predictions beside measurements."""
     predicted_generate_s: float = math.nan
@@ -68,6 +69,10 @@ class CellRow:
     predicted_sync_s: float = math.nan
     predicted_other_s: float = math.nan
     predicted_memory_gib: float = math.nan
+    """Of the rank alone, as it is measured."""
+    calibrated_step_s: float = math.nan
+    """Predicted with the machine that the first cell with a result calibrates."""
+    calibrated_memory_gib: float = math.nan
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -124,20 +129,22 @@ def simulated(cell: Cell) -> CellRow:
     return CellRow(**values, state="done", reason="", memory_gib=plan.fullest.total / 2**30)
 
 
-def measured(
-    cell: Cell, plan: Plan, seconds: Mapping[str, float], steps: int, memory_gib: float | None
-) -> CellRow:
+def measured(cell: Cell, outcome: Outcome, calibrated: Plan) -> CellRow:
     """The row of a cell that ran.
 
     Args:
-        plan: for the lengths that it had.
-        seconds: of the phases of `planning/outcome.py`.
+        calibrated: for its lengths, as the plan of the outcome is.
     """
+    plan, seconds = outcome.plan, outcome.seconds
     values = _place(cell) | _settings(cell) | _work(plan, seconds["train"]) | _parts(seconds)
-    predicted = _parts(asdict(plan.seconds)) | {"memory_gib": plan.fullest.total / 2**30}
+    predicted = _parts(asdict(plan.seconds)) | {"memory_gib": plan.worst.total / 2**30}
     values |= {f"predicted_{name}": value for name, value in predicted.items()}
-    memory = math.nan if memory_gib is None else memory_gib
-    return CellRow(**values, state="done", reason="", steps=steps, memory_gib=memory)
+    return CellRow(
+        **values, state="done", reason="", steps=outcome.steps,
+        memory_gib=math.nan if outcome.memory_gib is None else outcome.memory_gib,
+        calibrated_step_s=calibrated.seconds.total,
+        calibrated_memory_gib=calibrated.worst.total / 2**30,
+    )  # fmt: skip
 
 
 def write_table(table: Table, folder: Path) -> None:

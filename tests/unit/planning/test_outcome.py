@@ -64,7 +64,7 @@ def rows(seconds: object, memory: int, config: ExperimentConfig) -> list[str]:
 def test_a_calibrated_machine_predicts_its_run_and_others(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    fitted, _ = calibrate(write_outcome(tmp_path / "a", TRUTH))
+    fitted = calibrate(read_outcome(write_outcome(tmp_path / "a", TRUTH)))
     assert fitted.efficiency.train_factor == pytest.approx(1.5)
     assert fitted.efficiency.generate_factor == pytest.approx(0.8)
     assert fitted.efficiency.sync_factor == pytest.approx(2.0)
@@ -77,8 +77,8 @@ def test_a_calibrated_machine_predicts_its_run_and_others(tmp_path: Path) -> Non
 
 def test_calibrating_twice_changes_nothing(tmp_path: Path) -> None:
     run = write_outcome(tmp_path, TRUTH)
-    once, _ = calibrate(run)
-    twice, _ = calibrate(run, once)
+    once = calibrate(read_outcome(run))
+    twice = calibrate(read_outcome(run, once))
     assert asdict(twice.efficiency) == pytest.approx(asdict(once.efficiency))
 
 

@@ -88,6 +88,26 @@ def test_measured_seconds_leave_out_the_warm_up(study):
     assert first.mfu == pytest.approx(predicted.mfu * predicted.seconds.train / 50)
 
 
+def test_the_first_cell_calibrates_the_predictions_of_the_others(study, tmp_path):
+    for cell in study.cells.values():
+        make_up_run(cell, 100.0)
+    first, _, last = collect(study).rows.values()
+    assert first.calibrated_step_s == pytest.approx(100)
+    assert first.calibrated_memory_gib == pytest.approx(60)
+    # Of 100 s, 10 are for responses, 70 for the trainer's passes, 12.5 for the sync.
+    expected = 7.5 + (
+        10 * last.predicted_generate_s / first.predicted_generate_s
+        + 12.5 * last.predicted_sync_s / first.predicted_sync_s
+        + 70 * (last.predicted_train_s + last.predicted_logprobs_s)
+        / (first.predicted_train_s + first.predicted_logprobs_s)
+    )  # fmt: skip
+    assert last.calibrated_step_s == pytest.approx(expected)
+    # What the formulas lack is the same on every rank; on more nodes a rank holds less.
+    lacking = 60 - first.predicted_memory_gib
+    assert last.calibrated_memory_gib == pytest.approx(last.predicted_memory_gib + lacking)
+    assert last.calibrated_memory_gib < 60
+
+
 def test_a_report_of_measured_runs_fits_the_laws(study, tmp_path):
     for cell, seconds in zip(study.cells.values(), (100.0, 60.0, 40.0), strict=True):
         make_up_run(cell, seconds)  # 20 s + 80 s * 8 / n
