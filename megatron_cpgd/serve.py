@@ -145,8 +145,10 @@ class _Server:
             )
             return Generated(groups=groups)
         assert self._weights is not None
-        report = engine.refresh(self._weights.arena.file.path, request.version)
-        return Refreshed(tensors=report.tensors, nbytes=report.nbytes, digest=report.digest)
+        report = engine.refresh(self._weights.arena.path, request.version)
+        return Refreshed(
+            tensors=report.tensors, nbytes=report.nbytes, fingerprints=report.fingerprints
+        )
 
     def _serve_weights(self) -> None:
         def obey() -> Failed:

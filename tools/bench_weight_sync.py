@@ -80,10 +80,11 @@ def _measure(arguments: argparse.Namespace) -> None:
     from megatron_cpgd.policy.policy import Policy
     from megatron_cpgd.rollout.start import start_engine
     from megatron_cpgd.rollout.vllm_engine import VllmEngine
-    from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+    from megatron_cpgd.weight_sync.arena import open_arena
     from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
     from megatron_cpgd.weight_sync.in_place import InPlaceWeights
     from megatron_cpgd.weight_sync.sync import WeightRoute, sync_weights
+    from megatron_cpgd.weights.engine_format import engine_tensors
     from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
     from megatron_cpgd.weights.registry import weight_table
 
@@ -107,11 +108,11 @@ def _measure(arguments: argparse.Namespace) -> None:
             table = weight_table(checkpoint.config)
             policy = Policy(config, info, checkpoint, table)
         format = config.precision.engine_weights
-        arena = open_arena(table, format)
-        weights = InPlaceWeights(policy, table, format, beside_rank_0=True)
+        arena = open_arena(engine_tensors(table, format))
+        in_place = InPlaceWeights(policy, table, format, beside_rank_0=True)
         assert arena is not None
         ways: dict[str, WeightRoute] = {
-            "arena": ArenaWeights(policy, arena), "in_place": weights
+            "arena": ArenaWeights(policy, arena, format), "in_place": in_place
         }  # fmt: skip
         pids = [0] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
@@ -128,10 +129,9 @@ def _measure(arguments: argparse.Namespace) -> None:
                 times[way].processor.append(_processor_seconds(pids) - used)
                 dist.barrier()
         if rank_0:
-            files = [arena.file, *([arena.staging] if arena.staging else [])]
-            _report(times, sum(file.nbytes for file in files), weights.path.stat().st_size)
-        remove_arena(arena)
-        weights.close()
+            _report(times, arena.nbytes, in_place.path.stat().st_size)
+        for way in ways.values():
+            way.close()
         leave_world()
     finally:
         if engine is not None:

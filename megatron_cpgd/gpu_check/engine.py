@@ -25,6 +25,7 @@ from megatron_cpgd.types import LossSequence, Rollout
 from megatron_cpgd.weight_sync.arena import open_arena
 from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
 from megatron_cpgd.weight_sync.sync import sync_weights
+from megatron_cpgd.weights.engine_format import engine_tensors
 from megatron_cpgd.weights.registry import weight_table
 
 Format = Literal["bf16", "fp8_block"]
@@ -72,7 +73,7 @@ def _check_engine(
         start_s = seconds(engine.wait_ready, setup.device)
         emit(Check(name=f"{format}: start", status="PASS", figures={"s": start_s}))
         policy = build_policy(make_config(folder, micro_tokens=4096, lr=1e-4))
-        route = ArenaWeights(policy, open_arena(weight_table(hf), format))
+        route = ArenaWeights(policy, open_arena(engine_tensors(weight_table(hf), format)), format)
         prompts = torch.randint(hf["vocab_size"], (count, length)).tolist()
         for version in (1, 2):  # the second one after an optimizer step
             start = time.perf_counter()

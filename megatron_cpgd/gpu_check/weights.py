@@ -1,6 +1,5 @@
 """Weights from a policy on this device into shared memory, and from there to a device."""
 
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from megatron_cpgd.gpu_check.trainer import (
 )
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+from megatron_cpgd.weights.engine_format import engine_tensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.quantize import is_quantized
 from megatron_cpgd.weights.registry import weight_table
@@ -37,32 +37,31 @@ def run(setup: Setup, emit: Emit) -> None:
 def _measure(
     policy: Policy, checkpoint: HfCheckpoint, format: Literal["bf16", "fp8_block"], device: str
 ) -> Check:
-    arena = open_arena(weight_table(checkpoint.config), format)
+    tensors = engine_tensors(weight_table(checkpoint.config), format)
+    arena = open_arena(tensors)
     assert arena is not None, "this process is rank 0"
     try:
         # The first pass touches the pages of the new file; a run does that once.
-        policy.write_weights(arena.view)
-        write_s = seconds(lambda: policy.write_weights(arena.view), device)
-        complete_s = seconds(arena.complete, device)
-        digest_s = seconds(arena.file.digest, device)
-        read_s = seconds(lambda: [arena.file.view(n).to(device) for n in arena.file.names], device)
-        wrong = [
+        policy.write_engine_weights(arena.view, format)
+        write_s = seconds(lambda: policy.write_engine_weights(arena.view, format), device)
+        sums = policy.write_engine_weights(arena.view, format)
+        sum_s = seconds(arena.fingerprints, device)
+        read_s = seconds(lambda: [arena.view(n).to(device) for n in arena.names], device)
+        wrong = [name for name, sum_ in arena.fingerprints().items() if sum_ != sums[name]]
+        wrong += [
             name
             for name in checkpoint.names
             if not (format == "fp8_block" and is_quantized(name))
-            and not torch.equal(arena.file.view(name), checkpoint.read(name, ()))
+            and not torch.equal(arena.view(name), checkpoint.read(name, ()))
         ]
-        nbytes = arena.file.nbytes / 1e9
-        written = 2e-9 * sum(map(math.prod, policy._table.hf_shapes.values()))
+        nbytes = arena.nbytes / 1e9
     finally:
         remove_arena(arena)
     figures: Figures = {
         "GB": nbytes,
-        "write GB/s": written / write_s,
-        "sum GB/s": nbytes / digest_s,
+        "sum, quantise and write GB/s": nbytes / write_s,
+        "sum on the host GB/s": nbytes / sum_s,
         "read to device GB/s": nbytes / read_s,
     }
-    if format == "fp8_block":
-        figures["quantise s"] = complete_s
     name = f"{format}, what was loaded comes out bit by bit"
     return Check(name=name, **verdict(not wrong, f"differ: {wrong[:3]}"), figures=figures)

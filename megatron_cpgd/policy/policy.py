@@ -1,7 +1,7 @@
 """The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,8 @@ from megatron_cpgd.policy.schedule import (
     run_schedule,
 )
 from megatron_cpgd.policy.shards import (
-    engine_node_pieces,
+    engine_nodes_served,
+    engine_pieces,
     iter_pieces,
     load_hf_weights,
     write_hf_weights,
@@ -52,6 +53,8 @@ from megatron_cpgd.policy.shards import (
 from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.buckets import Piece
+from megatron_cpgd.weights.engine_format import EngineFormat
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.table import WeightTable
 
@@ -337,9 +340,23 @@ class Policy:
         self.reload()
         write_hf_weights(self._chunks, self._table, self.info, view)
 
-    def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
-        """What this rank sends to which of the engine nodes; see `shards.engine_node_pieces`."""
-        return engine_node_pieces(self._chunks, self._table, self.info, nodes)
+    def write_engine_weights(
+        self, view: Callable[[str], Tensor] | None, format: EngineFormat
+    ) -> Fingerprints:
+        """The same into the tensors that an engine of this format loads; returns the sums of what
+        it is to read."""
+        self.reload()
+        sums = write_hf_weights(self._chunks, self._table, self.info, view, format)
+        assert sums is not None
+        return sums
+
+    def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
+        """See `shards.engine_nodes_served`."""
+        return engine_nodes_served(self._chunks, self._table, self.info, nodes)
+
+    def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
+        """See `shards.engine_pieces`."""
+        return engine_pieces(self._chunks, self._table, self.info, format)
 
     def iter_pieces(self) -> Iterator[Piece]:
         """Every part of a full Hugging Face tensor that this rank holds: name, place, view of the

@@ -1,7 +1,8 @@
 """This rank's weights against the weight table: load from, and write to, full HF tensors."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,18 +11,16 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_cpgd.policy import device
+from megatron_cpgd.policy.block_factors import block_factors, quantized_pieces
 from megatron_cpgd.policy.delivery import RankChannel, receiver_of, senders_to
 from megatron_cpgd.policy.parallel import ParallelInfo
-from megatron_cpgd.weights.bucket_stream import receive_pieces, send_buckets
+from megatron_cpgd.weights.bucket_stream import end_buckets, receive_pieces, send_buckets
 from megatron_cpgd.weights.buckets import Piece, iter_buckets
+from megatron_cpgd.weights.engine_format import EngineFormat, engine_tensors
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
-from megatron_cpgd.weights.table import (
-    Entry,
-    WeightTable,
-    export_boxes,
-    export_tensor,
-    import_tensor,
-)
+from megatron_cpgd.weights.table import Entry, WeightTable, export_pieces, import_tensor
+from megatron_cpgd.weights.tally import Tally
 from megatron_cpgd.weights.tiling import Index
 
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
@@ -70,7 +69,8 @@ def write_hf_weights(
     table: WeightTable,
     info: ParallelInfo,
     view: Callable[[str], Tensor] | None,
-) -> None:
+    format: EngineFormat | None = None,
+) -> Fingerprints | None:
     """Write the model into the full HF tensors that `view` maps by name. Collective over the world.
 
     Ranks write disjoint parts; those that hold the same shard take turns. Ranks on other hosts than
@@ -79,70 +79,102 @@ def write_hf_weights(
 
     Args:
         view: None on ranks that do not share rank 0's host.
+        format: of an engine, for which the weights are quantised and summed up; None: as they are.
+
+    Returns:
+        Of the weights on the ranks that hold them, not of what `view` maps.
 
     Raises:
         ConversionError: on every rank, naming the tensors that were not.
     """
-    index = {name: i for i, name in enumerate(table.hf_shapes)}
-    written = torch.zeros(len(index), dtype=torch.int64, device=device.current())
+    tally = Tally(engine_tensors(table, format or "bf16"), device.current())
     own = _own_weights(chunks, table, info)
+    pieces: Iterable[Piece] = (
+        piece for entry, tensor in own for piece in _pieces(entry, tensor, info)
+    )
+    if format is not None:
+        pieces = tally.summed(_engine_cast(chunks, table, info, format)(pieces))
     if view is None:
-        pieces = (piece for entry, tensor in own for piece in _pieces(entry, tensor, info))
-        send_buckets([([RankChannel(receiver_of(info))], list(iter_buckets(pieces)))])
+        channel = RankChannel(receiver_of(info))
+        send_buckets([channel], iter_buckets(pieces))
+        end_buckets(channel)
     else:
-        for entry, tensor in own:
-            counts = export_tensor(entry, tensor, view, **_cut(entry, info))
-            for hf_name, elements in counts.items():
-                written[index[hf_name]] += elements
-        for sender in senders_to(info):
-            for hf_name, place, values in receive_pieces(RankChannel(sender)):
-                view(hf_name)[place].copy_(values)
-                written[index[hf_name]] += values.numel()
-    dist.all_reduce(written)
-    table.check_written(dict(zip(index, written.tolist(), strict=True)))
+        received = (receive_pieces(RankChannel(sender)) for sender in senders_to(info))
+        for name, place, values in chain(pieces, *received):
+            view(name)[place].copy_(values)
+            tally.wrote(name, values)
+    dist.all_reduce(tally.counts)
+    tally.check()
+    return tally.fingerprints if format is not None else None
 
 
-@torch.no_grad()
-def engine_node_pieces(
+def engine_nodes_served(
     chunks: list[Any], table: WeightTable, info: ParallelInfo, nodes: int
-) -> list[tuple[range, list[Piece]]]:
-    """What this rank sends to the engine nodes: to which of them, and views of its weights.
+) -> dict[bool, range]:
+    """The engine nodes to which this rank sends its weights: those of experts (True), the others.
 
     Of k replicas of the dense layers, number i serves the nodes i, i + k ...; of the experts, which
     have replicas of their own, likewise. So every node gets the whole model, and no rank sends
     another one's part.
     """
-    groups = (
-        (False, parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        (True, parallel_state.get_expert_data_parallel_group()),
-    )
-    sent = []
-    for experts, group in groups:
-        replicas = dist.get_process_group_ranks(group)
-        pieces = [
-            piece
-            for name, tensor in iter_weights(chunks, info)
-            if (entry := table.entry(name)).expert == experts
-            for piece in _pieces(entry, tensor, info)
-        ]
-        served = range(replicas.index(info.rank), nodes, len(replicas))
-        if served and pieces:
-            sent.append((served, pieces))
-    return sent
+    groups = {
+        False: parallel_state.get_data_parallel_group(with_context_parallel=True),
+        True: parallel_state.get_expert_data_parallel_group(),
+    }
+    held = {table.entry(name).expert for name, _ in iter_weights(chunks, info)}
+    replicas = {experts: dist.get_process_group_ranks(groups[experts]) for experts in held}
+    return {
+        experts: range(ranks.index(info.rank), nodes, len(ranks))
+        for experts, ranks in sorted(replicas.items())
+    }
 
 
-def iter_pieces(chunks: list[Any], table: WeightTable, info: ParallelInfo) -> Iterator[Piece]:
+def iter_pieces(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo, *, experts: bool | None = None
+) -> Iterator[Piece]:
     """Every part of a full HF tensor that this rank holds, as a view of its weight.
 
     Other ranks may hold the same parts.
+
+    Args:
+        experts: only those of experts, or only the others.
     """
     for name, tensor in iter_weights(chunks, info):
-        yield from _pieces(table.entry(name), tensor.detach(), info)
+        entry = table.entry(name)
+        if experts is None or entry.expert == experts:
+            yield from _pieces(entry, tensor.detach(), info)
+
+
+def engine_pieces(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo, format: EngineFormat
+) -> dict[bool, Iterable[Piece]]:
+    """Every part of the tensors of experts (True), and of the others, that this rank holds, as an
+    engine takes them. Collective over the ranks that share tensors."""
+    cast = _engine_cast(chunks, table, info, format)
+    return {
+        experts: cast(iter_pieces(chunks, table, info, experts=experts))
+        for experts in (False, True)
+    }
+
+
+def _engine_cast(
+    chunks: list[Any], table: WeightTable, info: ParallelInfo, format: EngineFormat
+) -> Callable[[Iterable[Piece]], Iterable[Piece]]:
+    """What makes pieces of this rank those that an engine takes; collective as above."""
+    weights = ((table.entry(name), tensor) for name, tensor in iter_weights(chunks, info))
+    held = ((entry, _pieces(entry, tensor.detach(), info)) for entry, tensor in weights)
+    factors = block_factors(held, table) if format == "fp8_block" else {}
+    tensors = engine_tensors(table, format)
+
+    def cast(pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for name, place, values in quantized_pieces(pieces, factors):
+            yield name, place, values.to(tensors[name][0])
+
+    return cast
 
 
 def _pieces(entry: Entry, tensor: Tensor, info: ParallelInfo) -> Iterator[Piece]:
-    for box in export_boxes(entry, tensor, **_cut(entry, info)):
-        yield box.hf, box.hf_index, box.oriented(tensor[box.local_index])
+    return export_pieces(entry, tensor, **_cut(entry, info))
 
 
 def _own_weights(

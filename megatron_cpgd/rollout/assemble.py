@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cpgd.weights.fingerprint import combine, fingerprint
+from megatron_cpgd.weights.fingerprint import Fingerprints, fingerprint
 from megatron_cpgd.weights.pieces import Copy, InPlaceTensor, Piece, PieceList
 from megatron_cpgd.weights.quantize import (
     FP8,
@@ -101,10 +101,10 @@ class AssembledWeights:
         self._scales[f"{name}{SCALE_SUFFIX}"] = scales
         return codes
 
-    def digest(self) -> str:
-        """As `InPlaceWeights.digest`, of what was read. On return all reads are done."""
-        sums = torch.stack([self._fingerprints[name] for name in self._full])
-        return combine(self._full, sums.tolist())
+    def fingerprints(self) -> Fingerprints:
+        """As those of `InPlaceWeights`, of what was read. On return all reads are done."""
+        sums = torch.stack([self._fingerprints[name] for name in self._full]).long() % 2**32
+        return dict(zip(self._full, sums.tolist(), strict=True))
 
     def _assemble(self, tensor: InPlaceTensor) -> Tensor:
         memory, pieces = self._memory, tensor.pieces

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.types import Rollout
+from megatron_cpgd.weights.fingerprint import Fingerprints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,8 @@ class RefreshReport:
     """From the call to the answer."""
     tensors: int
     nbytes: int
-    digest: str
-    """Of the tensors that the engine read, as `TensorFile.digest` computes it."""
+    fingerprints: Fingerprints
+    """Of the tensors that the engine read, as `weights/fingerprint.py` has them."""
 
 
 class RolloutEngine(Protocol):

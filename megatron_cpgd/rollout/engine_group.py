@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RefreshReport, RolloutEngine, Sampling, stream_seeds
 from megatron_cpgd.types import Rollout
+from megatron_cpgd.weights.fingerprint import describe_difference
 
 
 class EngineGroup:
@@ -54,10 +55,10 @@ class EngineGroup:
         reports = self._on_all(lambda i: self._engines[i].refresh(arena, version))
         first = reports[0]
         for i, report in enumerate(reports):
-            if report.digest != first.digest:
+            if difference := describe_difference(first.fingerprints, report.fingerprints):
                 raise WeightSyncError(
-                    f"weight sync, version {version}: engine 0 read {first.digest}, engine {i} "
-                    f"{report.digest} from {arena}"
+                    f"weight sync, version {version}: engine 0 and engine {i} have read different "
+                    f"values from {arena}: {difference}"
                 )
         return max(reports, key=lambda report: report.seconds)
 

@@ -81,7 +81,7 @@ class MessageEngine(ABC):
             seconds=time.perf_counter() - start,
             tensors=receipt.tensors,
             nbytes=receipt.nbytes,
-            digest=receipt.digest,
+            fingerprints=receipt.fingerprints,
         )
 
     def sleep(self) -> None:

@@ -71,7 +71,7 @@ class Refreshed(msgspec.Struct, tag=True, kw_only=True):
 
     tensors: int
     nbytes: int
-    digest: str
+    fingerprints: dict[str, int]
 
 
 class Asleep(msgspec.Struct, tag=True):

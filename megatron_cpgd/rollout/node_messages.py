@@ -56,7 +56,6 @@ class Received(msgspec.Struct, tag=True, kw_only=True):
 
     version: int
     arena: str
-    digest: str
     network_bytes: int
     network_s: float
 

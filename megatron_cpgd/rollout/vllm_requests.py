@@ -23,6 +23,7 @@ from megatron_cpgd.rollout.messages import (
 )
 from megatron_cpgd.rollout.routes import pack_moe_layers
 from megatron_cpgd.types import Rollout, RouteLayout
+from megatron_cpgd.weights.fingerprint import merge_fingerprints
 from megatron_cpgd.weights.quantize import QUANTIZATION_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -270,12 +271,13 @@ class Engine:
         errors = [receipt["error"] for receipt in receipts if "error" in receipt]
         if errors:
             raise WeightSyncError(f"{where}: {errors[0]}")
+        parts = [receipt.pop("fingerprints") for receipt in receipts]
         if any(receipt != receipts[0] for receipt in receipts):
             raise WeightSyncError(f"{where}: the workers read different tensors: {receipts}")
         # Cached keys and values belong to the old weights.
         if not self.llm.reset_prefix_cache():
             raise WeightSyncError(f"{where}: vLLM did not empty its prefix cache")
-        return Refreshed(**receipts[0])
+        return Refreshed(**receipts[0], fingerprints=merge_fingerprints(parts))
 
 
 def sampling_params(request: Generate) -> list[SamplingParams]:

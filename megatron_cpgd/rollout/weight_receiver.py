@@ -19,6 +19,7 @@ from megatron_cpgd.rollout.vllm_compat import (
     reads_fp8_blocks,
 )
 from megatron_cpgd.rollout.vllm_gpt_oss import writable
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.pieces import is_piece_list
 from megatron_cpgd.weights.quantize import FP8, Tensors, quantized_tensors
 from megatron_cpgd.weights.tensor_file import TensorFile
@@ -37,6 +38,7 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
     device: torch.device
+    rank: int
     _cpgd_expected: ExpectedTensors
     _cpgd_memory: TrainerMemory | None = None
 
@@ -44,7 +46,8 @@ class WeightReceiver:
         """Load an arena or a piece list.
 
         Returns:
-            A receipt with `error`, or with `tensors`, `nbytes` and `digest`.
+            A receipt with `error`, or with `tensors`, `nbytes` and `fingerprints`; of an arena,
+            which all workers map, only of this worker's share of the tensors.
         """
         try:
             return self._cpgd_load(Path(arena))
@@ -65,8 +68,17 @@ class WeightReceiver:
             self._cpgd_expected.check(arena.tensors)
             with layerwise_reload(model, model_config):
                 model.load_weights((name, writable(name, arena.view(name))) for name in arena.names)
-            digest = arena.digest()
-            return {"tensors": len(arena.names), "nbytes": arena.nbytes, "digest": digest}
+            return {
+                "tensors": len(arena.names), "nbytes": arena.nbytes,
+                "fingerprints": self._cpgd_fingerprints(arena),
+            }  # fmt: skip
+
+    def _cpgd_fingerprints(self, arena: TensorFile | AssembledWeights) -> Fingerprints:
+        if isinstance(arena, AssembledWeights):
+            return arena.fingerprints()  # each worker has put them together itself
+        return arena.fingerprints(
+            arena.names[self.rank :: self.vllm_config.parallel_config.world_size]
+        )
 
     def _cpgd_open(self, path: Path) -> AbstractContextManager[TensorFile | AssembledWeights]:
         if not is_piece_list(path):

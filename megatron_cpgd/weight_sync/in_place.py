@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_cpgd.errors import ConfigError, WeightSyncError
 from megatron_cpgd.weight_sync.sync import Sent
-from megatron_cpgd.weights.fingerprint import combine, fingerprint
+from megatron_cpgd.weights.engine_format import EngineFormat
+from megatron_cpgd.weights.fingerprint import Fingerprints, fingerprint
 from megatron_cpgd.weights.pieces import (
     Copy,
     InPlaceTensor,
@@ -55,7 +56,7 @@ class InPlaceWeights:
     """A WeightRoute: the weights as they are at any time, for the engines of rank 0's host."""
 
     def __init__(
-        self, policy: PieceSource, table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"],
+        self, policy: PieceSource, table: WeightTable, format: EngineFormat,
         *, beside_rank_0: bool,
     ) -> None:  # fmt: skip
         """Share this rank's weights. Collective over the world.
@@ -106,12 +107,12 @@ class InPlaceWeights:
 
     def send(self, version: int, *, report: bool) -> Sent | None:
         """See WeightRoute.send: the weights are summed up, nothing is moved."""
-        digest = self.digest()
+        sums = self.fingerprints()
         self._policy.release()
-        return Sent(self.path, digest) if report else None
+        return Sent(self.path, self._tensors, sums) if report else None
 
     @torch.no_grad()
-    def digest(self) -> str:
+    def fingerprints(self) -> Fingerprints:
         """Of the weights in the engine's format, before quantisation. Collective over the world.
 
         On return every rank has finished its changes of the weights.
@@ -125,7 +126,7 @@ class InPlaceWeights:
             if i is not None:
                 sums[i] += fingerprint(view, place, formats[i])
         dist.all_reduce(sums)
-        return combine(self._tensors, sums.tolist())
+        return dict(zip(self._tensors, (sums % 2**32).tolist(), strict=True))
 
     def close(self) -> None:
         """Remove the piece list; the weights stay readable as long as they exist."""

@@ -1,7 +1,6 @@
 """The engine node's side of a weight sync: an arena that the trainer's ranks fill over the network.
 
-As in an arena that ranks write themselves, the count of elements proves each tensor whole, and FP8
-blocks are made when all parts are there.
+As in an arena that ranks write themselves, the count of elements proves each tensor whole.
 """
 
 import os
@@ -9,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Literal
 
 import msgspec
 import torch
@@ -17,8 +15,10 @@ import torch
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
 from megatron_cpgd.weight_sync.arena import create_arena, remove_arena
-from megatron_cpgd.weight_sync.receiver import Done, Order, Quantize, Receiver, ReceiverProcess
+from megatron_cpgd.weight_sync.receiver import Done, Order, Receiver, ReceiverProcess
+from megatron_cpgd.weights.engine_format import EngineFormat, engine_tensors
 from megatron_cpgd.weights.table import WeightTable
+from megatron_cpgd.weights.tally import check_written
 
 
 def max_receivers(backend: str) -> int:
@@ -33,11 +33,9 @@ class NodeArena:
     """The arena of one engine node and the processes that fill it: this one, and with several
     ranks others. To be used by one thread, with which these others end."""
 
-    def __init__(
-        self, table: WeightTable, format: Literal["bf16", "fp32", "fp8_block"], node: int
-    ) -> None:
-        self.arena = create_arena(table, format)
-        self._table, self._node = table, node
+    def __init__(self, table: WeightTable, format: EngineFormat, node: int) -> None:
+        self.arena = create_arena(engine_tensors(table, format))
+        self._node = node
         self._processes: list[ReceiverProcess] = []
         self._receivers: list[Receiver | ReceiverProcess] = []
 
@@ -79,13 +77,10 @@ class NodeArena:
         elements: Counter[str] = Counter()
         for each in taken:
             elements.update(each.elements)
-        self._table.check_written(elements)
-        if self.arena.staging is not None:
-            self._order([Quantize(share=i, shares=count) for i in range(count)])
+        check_written(self.arena.tensors, elements)
         return Received(
             version=version,
-            arena=str(self.arena.file.path),
-            digest=self.arena.file.digest(),
+            arena=str(self.arena.path),
             network_bytes=sum(each.nbytes for each in taken),
             network_s=seconds,
         )

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,11 @@ from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.node_messages import OpenLinks, Receive, Received
 from megatron_cpgd.weight_sync.links import Link
 from megatron_cpgd.weight_sync.sync import Sent
-from megatron_cpgd.weights.bucket_stream import send_buckets
+from megatron_cpgd.weights.bucket_stream import end_buckets, send_buckets
 from megatron_cpgd.weights.buckets import Piece, iter_buckets
+from megatron_cpgd.weights.engine_format import EngineFormat, engine_tensors
+from megatron_cpgd.weights.table import WeightTable
+from megatron_cpgd.weights.tally import Tally
 
 _LOOK_S = 0.5
 _REASON_S = 5.0
@@ -28,8 +31,11 @@ _REASON_S = 5.0
 class PieceSource(Protocol):
     """The part of a policy that this needs."""
 
-    def engine_node_pieces(self, nodes: int) -> list[tuple[range, list[Piece]]]:
-        """See Policy.engine_node_pieces."""
+    def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
+        """The nodes to which this rank sends the weights of experts (True), and the others."""
+
+    def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
+        """These weights as an engine takes them. Collective over the ranks that share tensors."""
 
 
 class NodeWeights:
@@ -38,6 +44,8 @@ class NodeWeights:
     def __init__(
         self,
         policy: PieceSource,
+        table: WeightTable,
+        format: EngineFormat,
         nodes: EngineNodes | None,
         *,
         count: int,
@@ -51,10 +59,12 @@ class NodeWeights:
             count: number of nodes.
         """
         self._policy, self._nodes, self._count = policy, nodes, count
+        self._tensors, self._format = engine_tensors(table, format), format
+        self._served = policy.engine_nodes_served(count)
         self._step_timeout_s = step_timeout_s
         rank, timeout = dist.get_rank(), timedelta(seconds=start_timeout_s + step_timeout_s)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        mine = sorted({node for served, _ in policy.engine_node_pieces(count) for node in served})
+        mine = sorted(set().union(*self._served.values()))
         served: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(served, mine)
         place: list[Any] = [None]
@@ -95,49 +105,53 @@ class NodeWeights:
 
     def send(self, version: int, *, report: bool) -> Sent | None:
         """See WeightRoute.send; `deliver` has the errors."""
-        reports = self.deliver(version)
+        tally, reports = self.deliver(version)
         if not report:
             return None
         metrics = {
             "weights/network_bytes": sum(each.network_bytes for each in reports),
             "weights/network_s": max(each.network_s for each in reports),
         }
-        return Sent(Path(reports[0].arena), reports[0].digest, metrics)
+        return Sent(Path(reports[0].arena), self._tensors, tally.fingerprints, metrics)
 
-    def deliver(self, version: int) -> list[Received]:
+    def deliver(self, version: int) -> tuple[Tally, list[Received]]:
         """Bring the policy's weights to the arenas of all nodes. Collective over the world.
 
         Returns:
-            On rank 0 a report of each node, all with the same digest; on others nothing.
+            The sums of the weights, as node 0 gets them; on rank 0 a report of each node.
 
         Raises:
-            WeightSyncError: on rank 0, a node has not received every element once, or nodes differ.
+            WeightSyncError: on rank 0, a node has not received every element once.
             RolloutError: on rank 0, a node was lost.
         """
         if self._nodes:
             for node in range(self._count):
                 self._nodes.send(node, Receive(version=version))
+        on_gpu = torch.cuda.is_available()
+        tally = Tally(self._tensors, torch.device("cuda" if on_gpu else "cpu"))
 
+        @torch.no_grad()
         def send_all() -> None:
-            send_buckets(
-                [
-                    ([self._links[node] for node in served], list(iter_buckets(pieces)))
-                    for served, pieces in self._policy.engine_node_pieces(self._count)
-                ]
-            )
+            pieces = self._policy.engine_pieces(self._format)
+            for experts, served in self._served.items():
+                if served:
+                    own = tally.summed(pieces[experts]) if 0 in served else pieces[experts]
+                    send_buckets([self._links[node] for node in served], iter_buckets(own))
+            for link in self._links.values():
+                end_buckets(link)
+            dist.all_reduce(tally.counts)
 
         self._watched(send_all)
         if not self._nodes:
-            return []
+            return tally, []
         reports = [self._nodes.received(i, self._step_timeout_s) for i in range(self._count)]
         for i, report in enumerate(reports):
-            if report.digest != reports[0].digest or report.version != version:
+            if report.version != version:
                 raise WeightSyncError(
-                    f"weight sync, version {version}: engine node 0 has received "
-                    f"{reports[0].digest}, engine node {i} {report.digest} of version "
+                    f"weight sync, version {version}: engine node {i} has received version "
                     f"{report.version}"
                 )
-        return reports
+        return tally, reports
 
     def close(self) -> None:
         """Let the connections go."""

@@ -27,7 +27,6 @@ from megatron_cpgd.rollout.lifetime import end_with_parent
 from megatron_cpgd.rollout.messages import Failed
 from megatron_cpgd.rollout.node_messages import OpenLinks, Receive
 from megatron_cpgd.rollout.vllm_engine import visible_devices
-from megatron_cpgd.weight_sync.arena import Arena
 from megatron_cpgd.weight_sync.links import Link
 from megatron_cpgd.weights.bucket_stream import receive_pieces
 from megatron_cpgd.weights.tensor_file import TensorFile
@@ -40,13 +39,6 @@ ranks: the lowest one of all that still send is served wherever it sends, so non
 in a circle."""
 
 
-class Quantize(msgspec.Struct, tag=True, kw_only=True):
-    """Make the FP8 blocks of a share of the weights; asks for `Done`."""
-
-    share: int
-    shares: int
-
-
 class Done(msgspec.Struct, tag=True, kw_only=True):
     """The order is carried out. With Receive: what has been written to the arena."""
 
@@ -55,7 +47,7 @@ class Done(msgspec.Struct, tag=True, kw_only=True):
     nbytes: int = 0
 
 
-Order = OpenLinks | Receive | Quantize
+Order = OpenLinks | Receive
 _Answer = Done | Failed
 
 
@@ -67,13 +59,12 @@ class _Launch(msgspec.Struct, kw_only=True):
     """File descriptor."""
     node: int
     arena: str
-    staging: str | None
 
 
 class Receiver:
     """Takes weights in this process."""
 
-    def __init__(self, arena: Arena, node: int) -> None:
+    def __init__(self, arena: TensorFile, node: int) -> None:
         self._arena, self._node = arena, node
         self._links: list[Link] = []
 
@@ -88,8 +79,6 @@ class Receiver:
                 self._open_links(order)
             case Receive():
                 return self._take()
-            case Quantize():
-                self._arena.quantize(order.share, order.shares)
         return Done()
 
     def _open_links(self, order: OpenLinks) -> None:
@@ -129,7 +118,7 @@ class Receiver:
 class ReceiverProcess:
     """A Receiver in a process of its own, which ends with the thread that makes this."""
 
-    def __init__(self, arena: Arena, node: int, *, number: int, gpu: int | None) -> None:
+    def __init__(self, arena: TensorFile, node: int, *, number: int, gpu: int | None) -> None:
         """
         Args:
             number: of the process on the node, for messages.
@@ -146,8 +135,7 @@ class ReceiverProcess:
                 parent_pid=os.getpid(),
                 pipe=theirs.fileno(),
                 node=node,
-                arena=str(arena.file.path),
-                staging=str(arena.staging.path) if arena.staging else None,
+                arena=str(arena.path),
             )
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, msgspec.json.encode(launch).decode()],
@@ -185,9 +173,7 @@ def main() -> None:
     """Entry point of `python -m megatron_cpgd.weight_sync.receiver LAUNCH_JSON`."""
     launch = msgspec.json.decode(sys.argv[1], type=_Launch)
     end_with_parent(launch.parent_pid)
-    staging = TensorFile.open(Path(launch.staging), writable=True) if launch.staging else None
-    arena = Arena(TensorFile.open(Path(launch.arena), writable=True), staging)
-    receiver = Receiver(arena, launch.node)
+    receiver = Receiver(TensorFile.open(Path(launch.arena), writable=True), launch.node)
     with Connection(launch.pipe) as pipe, suppress(EOFError):
         while True:
             order = msgspec.msgpack.decode(pipe.recv_bytes(), type=Order)

@@ -9,6 +9,7 @@ from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
 from megatron_cpgd.weight_sync.in_place import InPlaceWeights
 from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weight_sync.sync import WeightRoute
+from megatron_cpgd.weights.engine_format import engine_tensors
 from megatron_cpgd.weights.table import WeightTable
 
 
@@ -27,6 +28,8 @@ def open_route(
     if rollout.nodes:
         return NodeWeights(
             policy,
+            table,
+            format,
             engine.nodes if isinstance(engine, RemoteEngineGroup) else None,
             count=rollout.nodes,
             start_timeout_s=rollout.start_timeout_s,
@@ -35,4 +38,5 @@ def open_route(
     beside = policy.info.beside_rank_0
     if rollout.sync == "in_place":
         return InPlaceWeights(policy, table, format, beside_rank_0=beside)
-    return ArenaWeights(policy, open_arena(table, format, beside_rank_0=beside))
+    arena = open_arena(engine_tensors(table, format), beside_rank_0=beside)
+    return ArenaWeights(policy, arena, format)

@@ -6,12 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-_NAME = "megatron_cpgd_{pid}{kind}.safetensors"
+_NAME = "megatron_cpgd_{pid}.safetensors"
 
 
-def arena_path(pid: int, kind: str = "") -> Path:
-    """A file of the run whose rank 0 is process `pid`: the arena, or of another kind."""
-    return SHARED_MEMORY / _NAME.format(pid=pid, kind=kind)
+def arena_path(pid: int) -> Path:
+    """The arena of the run whose rank 0 is process `pid`."""
+    return SHARED_MEMORY / _NAME.format(pid=pid)
 
 
 def remove_stale_arenas() -> None:
@@ -19,8 +19,8 @@ def remove_stale_arenas() -> None:
 
     Called before this process makes its own: a file with its number is from an earlier process.
     """
-    pattern = re.compile(_NAME.format(pid=r"(\d+)", kind=r"(?:_\w+)?"))
-    for file in SHARED_MEMORY.glob(_NAME.format(pid="*", kind="")):
+    pattern = re.compile(_NAME.format(pid=r"(\d+)"))
+    for file in SHARED_MEMORY.glob(_NAME.format(pid="*")):
         match = pattern.fullmatch(file.name)
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             with suppress(PermissionError):  # another user's

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RolloutEngine
+from megatron_cpgd.weights.fingerprint import Fingerprints, combine, describe_difference
+from megatron_cpgd.weights.quantize import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +16,10 @@ class Sent:
 
     path: Path
     """An arena or a piece list, on their host."""
-    digest: str
-    """Of the weights that were sent."""
+    tensors: Tensors
+    """Number format and shape of what was summed, by HF name."""
+    fingerprints: Fingerprints
+    """Of the weights on the ranks, in the format of the engines."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,14 +58,14 @@ def sync_weights(
         return {}
     assert sent is not None
     report = engine.refresh(sent.path, version)
-    if report.digest != sent.digest:
+    if difference := describe_difference(sent.fingerprints, report.fingerprints):
         raise WeightSyncError(
-            f"weight sync, version {version}: the policy wrote {sent.digest}, the engine read "
-            f"{report.digest}; the shared memory at {sent.path} was changed in between"
+            f"weight sync, version {version}: the engine has read other values than the policy has "
+            f"from {sent.path}: {difference}"
         )
     return {
         "weights/version": version,
-        "weights/digest": report.digest,
+        "weights/digest": combine(sent.tensors, sent.fingerprints),
         "weights/bytes": report.nbytes,
         **sent.metrics,
     }

@@ -1,6 +1,6 @@
-"""Buckets of weights from one process to others: first a plan of all of them, then their values."""
+"""Buckets of weights from one process to others, each with its plan before its values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any, Protocol
 
@@ -46,49 +46,53 @@ class _Bucket(msgspec.Struct, array_like=True):
     places: list[_Place]
 
 
-def send_buckets(streams: list[tuple[list[Channel], list[list[Piece]]]]) -> None:
-    """Send the buckets of each stream over all its channels; returns when they have arrived, or are
-    on their way.
+def send_buckets(channels: list[Channel], buckets: Iterable[list[Piece]]) -> None:
+    """Send buckets over all the channels; returns when they have arrived, or are on their way.
 
     Memory: one bucket at a time, however many channels there are.
     """
-    for channel in dict.fromkeys(channel for channels, _ in streams for channel in channels):
-        own = [bucket for channels, buckets in streams if channel in channels for bucket in buckets]
-        plan = msgspec.msgpack.encode([_describe(bucket) for bucket in own])
-        _send([channel], torch.tensor([len(plan)]))
-        _send([channel], torch.frombuffer(bytearray(plan), dtype=torch.uint8))
-    for channels, buckets in streams:
-        for bucket in buckets:
-            _send_bucket(channels, bucket)
+    for bucket in buckets:
+        plan = msgspec.msgpack.encode(_describe(bucket))
+        _send(channels, torch.tensor([len(plan)]))
+        _send(channels, torch.frombuffer(bytearray(plan), dtype=torch.uint8))
+        _send(channels, torch.cat([_as_bytes(values) for _, _, values in bucket]))
+
+
+def end_buckets(channel: Channel) -> None:
+    """Tell the other end that no bucket follows."""
+    _send([channel], torch.tensor([0]))
 
 
 def receive_pieces(channel: Channel) -> Iterator[Piece]:
-    """What `send_buckets` sends; the values are good until the next piece is asked for."""
-    length = _receive(channel, 1, torch.int64)
-    plan = _receive(channel, int(length.item()), torch.uint8).cpu().numpy().tobytes()
-    for bucket in msgspec.msgpack.decode(plan, type=list[_Bucket]):
-        sizes = [prod(place.shape) for place in bucket.places]
-        values = _receive(channel, sum(sizes), DTYPES[bucket.dtype])
+    """What `send_buckets` sends, until the end; the values are good until the next piece is asked
+    for."""
+    while length := int(_receive(channel, 8).view(torch.int64).item()):
+        plan = _receive(channel, length).cpu().numpy().tobytes()
+        bucket = msgspec.msgpack.decode(plan, type=_Bucket)
+        dtype = DTYPES[bucket.dtype]
+        sizes = [prod(place.shape) * dtype.itemsize for place in bucket.places]
+        values = _receive(channel, sum(sizes))
         for place, part in zip(bucket.places, values.split(sizes), strict=True):
-            yield place.name, _as_index(place.index), part.view(place.shape)
-
-
-def _send_bucket(channels: list[Channel], bucket: list[Piece]) -> None:
-    _send(channels, torch.cat([values.reshape(-1) for _, _, values in bucket]))
+            yield place.name, _as_index(place.index), part.view(dtype).view(place.shape)
 
 
 def _send(channels: list[Channel], values: Tensor) -> None:
-    values = values.to(channels[0].device)
+    values = _as_bytes(values).to(channels[0].device)
     for work in [channel.send(values) for channel in channels]:
         work.wait()
     if values.is_cuda:  # there `wait` only orders streams
         torch.cuda.current_stream().synchronize()
 
 
-def _receive(channel: Channel, elements: int, dtype: torch.dtype) -> Tensor:
-    values = torch.empty(elements, dtype=dtype, device=channel.device)
+def _receive(channel: Channel, nbytes: int) -> Tensor:
+    values = torch.empty(nbytes, dtype=torch.uint8, device=channel.device)
     channel.receive(values)
     return values
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    # All travels as bytes: not every backend knows every number format.
+    return values.reshape(-1).view(torch.uint8)
 
 
 def _describe(bucket: list[Piece]) -> _Bucket:

@@ -1,7 +1,9 @@
 """Parts of full Hugging Face tensors on their way to another process, in buckets."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from megatron_cpgd.weights.tiling import Index, span
@@ -14,19 +16,19 @@ Piece = tuple[str, Index, Tensor]
 
 
 def iter_buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """All pieces in order; those of a bucket have one number format and at most BUCKET_BYTES, but
-    for a single row that is larger."""
-    bucket: list[Piece] = []
-    size = 0
+    """All pieces; those of a bucket have one number format and at most BUCKET_BYTES, but for a
+    single row that is larger."""
+    # One is filled for each format, since codes and factors of FP8 come in turns.
+    filling: dict[torch.dtype, list[Piece]] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for piece in _cut_by_rows(pieces):
-        values = piece[2]
-        if bucket and (size + values.nbytes > BUCKET_BYTES or values.dtype != bucket[0][2].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += values.nbytes
-    if bucket:
-        yield bucket
+        dtype, nbytes = piece[2].dtype, piece[2].nbytes
+        if sizes[dtype] and sizes[dtype] + nbytes > BUCKET_BYTES:
+            yield filling.pop(dtype)
+            del sizes[dtype]
+        filling.setdefault(dtype, []).append(piece)
+        sizes[dtype] += nbytes
+    yield from filling.values()
 
 
 def _cut_by_rows(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -8,11 +8,14 @@ vllm/utils/deep_gemm.py.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_cpgd.weights.tiling import Index, span
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -71,9 +74,47 @@ def quantize(weight: Tensor, codes: Tensor, scales: Tensor, *, device: torch.dev
     """
     for block in range(len(scales)):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        band_codes, scale = _quantize_band(weight[rows].to(device))
-        codes[rows].copy_(band_codes)
+        band = weight[rows].to(device)
+        scale = block_scales(_band_maxima(band))
+        codes[rows].copy_(_band_codes(band, scale))
         scales[block].copy_(scale)
+
+
+def raise_maxima(maxima: Tensor, part: Tensor, place: Index) -> None:
+    """Let the largest magnitudes of a weight's blocks be at least those of one part, in place.
+
+    Blocks that several parts share get their largest number from all of them: whatever the cut, the
+    factors are those of the whole.
+
+    Args:
+        maxima: [ceil(m / 128), ceil(n / 128)] float32, of the whole weight.
+        part: [rows, columns] bfloat16.
+        place: of the part in the weight.
+    """
+    columns, offset = _block_columns(place)
+    for block, rows in _bands(place):
+        own = maxima[block, columns]
+        torch.maximum(own, _band_maxima(part[rows], offset), out=own)
+
+
+def block_scales(maxima: Tensor) -> Tensor:
+    """Factors of blocks by their largest magnitudes."""
+    scales: Tensor = maxima.clamp(SMALLEST_MAXIMUM) / FP8_MAX
+    return scales
+
+
+def quantize_part(part: Tensor, place: Index, scales: Tensor) -> Tensor:
+    """[rows, columns] codes of one part of a weight; arguments as in `raise_maxima`."""
+    codes = torch.empty(part.shape, dtype=FP8, device=part.device)
+    columns, offset = _block_columns(place)
+    for block, rows in _bands(place):
+        codes[rows].copy_(_band_codes(part[rows], scales[block, columns], offset))
+    return codes
+
+
+def own_blocks(place: Index) -> Index:
+    """The blocks that begin in a part: of all parts together each one once."""
+    return tuple(slice(-(-own.start // BLOCK), -(-own.stop // BLOCK)) for own in map(span, place))
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -83,10 +124,33 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.float() * factors
 
 
-def _quantize_band(band: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [rows, n] and factors [ceil(n / 128)] of at most 128 rows."""
-    columns = band.size(1)
-    blocks = F.pad(band, (0, -columns % BLOCK)).float().unflatten(1, (-1, BLOCK))
-    scales = blocks.abs().amax(dim=0).amax(dim=-1).clamp(SMALLEST_MAXIMUM) / FP8_MAX
-    codes = (blocks * (1.0 / scales)[:, None]).to(FP8).flatten(1)[:, :columns]
-    return codes, scales
+def _bands(place: Index) -> Iterator[tuple[int, slice]]:
+    """Every row of blocks that a part reaches into, and the rows of the part in it."""
+    rows = span(place[0])
+    assert rows.step == 1, f"rows in turns have no blocks: {place}"
+    for block in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
+        first = max(block * BLOCK, rows.start)
+        yield block, slice(first - rows.start, min((block + 1) * BLOCK, rows.stop) - rows.start)
+
+
+def _block_columns(place: Index) -> tuple[slice, int]:
+    """Columns of blocks that a part reaches into, and where in the first of them it begins."""
+    columns = span(place[1])
+    return slice(columns.start // BLOCK, -(-columns.stop // BLOCK)), columns.start % BLOCK
+
+
+def _band_maxima(band: Tensor, offset: int = 0) -> Tensor:
+    """Largest magnitude of each block in at most 128 rows."""
+    return _band_blocks(band, offset).abs().amax(dim=0).amax(dim=-1)
+
+
+def _band_codes(band: Tensor, scales: Tensor, offset: int = 0) -> Tensor:
+    codes = (_band_blocks(band, offset) * (1.0 / scales)[:, None]).to(FP8)
+    return codes.flatten(1)[:, offset : offset + band.size(1)]
+
+
+def _band_blocks(band: Tensor, offset: int) -> Tensor:
+    """[rows, blocks, 128] float32 of columns that begin in the middle of a block."""
+    padded = F.pad(band, (offset, -(offset + band.size(1)) % BLOCK))
+    blocks: Tensor = padded.float().unflatten(1, (-1, BLOCK))
+    return blocks

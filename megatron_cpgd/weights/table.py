@@ -5,9 +5,8 @@ tensor-parallel rank cuts these ranges into boxes; loading copies each box from 
 shard, export copies the same box back, so the two directions are inverse by construction.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.buckets import Piece
 from megatron_cpgd.weights.tiling import Index, tiles
 
 Split = Literal["rows", "columns", "replicated"]
@@ -151,23 +151,6 @@ class WeightTable:
             if re.fullmatch(ignored.pattern, hf_name):
                 return ignored
         return None
-
-    def check_written(self, elements: Mapping[str, int]) -> None:
-        """Prove that an export is complete.
-
-        Args:
-            elements: by HF name, the sum over all ranks of what `export_tensor` returned.
-
-        Raises:
-            ConversionError: names every tensor that was not written once and whole.
-        """
-        expected = {name: math.prod(shape) for name, shape in self.hf_shapes.items()}
-        wrong = [
-            f"{name}: {elements.get(name, 0)} of {expected.get(name, 0)} elements written"
-            for name in expected | dict(elements)
-            if elements.get(name, 0) != expected.get(name, 0)
-        ]
-        raise_problems("incomplete export", wrong)
 
     def check_tiling(self) -> None:
         """Assert that segments cover each Megatron and each HF tensor once, without gaps."""
@@ -325,38 +308,16 @@ def import_tensor(
         local[box.local_index].copy_(box.oriented(read(box.hf, box.hf_index)))
 
 
-def export_tensor(
-    entry: Entry,
-    local: Tensor,
-    view: Callable[[str], Tensor],
-    *,
-    tp_rank: int,
-    tp_size: int,
-) -> dict[str, int]:
-    """Write the shard of one rank into full HF tensors, in place.
-
-    Args:
-        view: gives the full HF tensor of a name: `TensorFile.view` or `HfWriter.view`.
-
-    Returns:
-        Elements written by HF name, for `WeightTable.check_written`.
-    """
-    written: dict[str, int] = {}
-    for box in export_boxes(entry, local, tp_rank=tp_rank, tp_size=tp_size):
-        part = local[box.local_index]
-        box.oriented(view(box.hf)[box.hf_index]).copy_(part)
-        written[box.hf] = written.get(box.hf, 0) + part.numel()
-    return written
-
-
-def export_boxes(entry: Entry, local: Tensor, *, tp_rank: int, tp_size: int) -> Iterator[Box]:
-    """What one rank contributes to the full HF tensors.
+def export_pieces(entry: Entry, local: Tensor, *, tp_rank: int, tp_size: int) -> Iterator[Piece]:
+    """What one rank contributes to the full HF tensors, as views of its shard.
 
     Over all tensor-parallel ranks of one replica of the parameter every element comes once: aliases
     are skipped, and replicated parameters come from rank 0.
     """
-    if not entry.alias and (entry.split != "replicated" or tp_rank == 0):
-        yield from boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape))
+    if entry.alias or (entry.split == "replicated" and tp_rank != 0):
+        return
+    for box in boxes(entry, tp_rank=tp_rank, tp_size=tp_size, local_shape=tuple(local.shape)):
+        yield box.hf, box.hf_index, box.oriented(local[box.local_index])
 
 
 def raise_problems(where: str, problems: list[str], limit: int = 20) -> None:

@@ -12,8 +12,7 @@ import mmap
 import os
 import struct
 import warnings
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import index
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.weights.fingerprint import Fingerprints, combine, whole_fingerprint
 
 ALIGNMENT = 64
 """Bytes; the payload starts at a multiple of it, so that a view of any dtype is aligned."""
@@ -76,7 +76,6 @@ class TensorFile:
         """The free strings of the header."""
         self._mapping: mmap.mmap | None = mapping
         self._payload: Tensor | None = _byte_view(mapping, payload_start)
-        self._payload_start = payload_start
 
     @classmethod
     def create(
@@ -152,24 +151,20 @@ class TensorFile:
         return self._payload[slot.start : slot.end].view(slot.dtype).view(slot.shape)
 
     def digest(self) -> str:
-        """8 hex digits over names, dtypes, shapes and bytes of all tensors, in order (CRC-32).
+        """16 hex digits over names, dtypes, shapes and bytes of all tensors, in order.
 
         It finds accidents (a stale, missing, swapped or damaged tensor), not attacks.
         """
-        # zlib releases the interpreter lock, so threads add up: one alone sums 1 to 3 GB/s. Ranks
-        # have OMP_NUM_THREADS=1, but while one of them sums, the others wait.
-        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            digests = list(pool.map(self._tensor_digest, self.slots))
-        return f"{zlib.crc32('\n'.join(digests).encode()):08x}"
+        return combine(self.tensors, self.fingerprints())
 
-    def _tensor_digest(self, name: str) -> str:
-        assert self._mapping is not None, f"{self.path} is closed"
-        slot = self.slots[name]
-        with memoryview(self._mapping) as whole:
-            start = self._payload_start + slot.start
-            with whole[start : start + slot.end - slot.start] as part:
-                checksum = zlib.crc32(part)
-        return f"{name} {DTYPE_NAMES[slot.dtype]} {slot.shape} {checksum:08x}"
+    def fingerprints(self, names: Iterable[str] | None = None) -> Fingerprints:
+        """Of these tensors, or of all."""
+        chosen = list(self.slots if names is None else names)
+        # All cores, whatever OMP_NUM_THREADS is: most processes of a run have 1.
+        cores = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(max_workers=max(1, cores // torch.get_num_threads())) as pool:
+            sums = pool.map(lambda name: whole_fingerprint(self.view(name)), chosen)
+            return dict(zip(chosen, sums, strict=True))
 
     def flush(self) -> None:
         """Return once everything written so far is on disk."""

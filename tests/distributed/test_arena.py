@@ -22,24 +22,27 @@ def test_ranks_write_into_one_file_that_goes_away_at_the_end(tmp_path):
 
 
 LAYOUTS = {
-    "tp2": ("qwen3", {"tp": 2}),
-    "pp2": ("qwen3", {"pp": 2}),
-    "dp2": ("qwen3", {"dp": 2}),
-    "tp2_ep2": ("qwen3_moe", {"tp": 2, "ep": 2}),
-    "tp2_etp2": ("qwen3_moe", {"tp": 2, "etp": 2}),
+    "tp2": ("qwen3", {"tp": 2}, "aa"),
+    "tp2_over_two_hosts": ("qwen3", {"tp": 2}, "ab"),
+    "pp2": ("qwen3", {"pp": 2}, "aa"),
+    "dp2": ("qwen3", {"dp": 2}, "aa"),
+    "tp2_ep2": ("qwen3_moe", {"tp": 2, "ep": 2}, "aa"),
+    "tp2_etp2": ("qwen3_moe", {"tp": 2, "etp": 2}, "aa"),
+    "tp2_dp2_ep2_over_two_hosts": ("qwen3_moe", {"tp": 2, "dp": 2, "ep": 2}, "abab"),
 }
 
 
 # 192 rows of gate on each of two ranks: the second block of 128 has rows of both.
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp8_blocks_are_those_of_the_whole_matrices_in_every_layout(layout, tmp_path, monkeypatch):
-    architecture, parallel = LAYOUTS[layout]
+    architecture, parallel, hosts = LAYOUTS[layout]
     folder = tmp_path / "arena"
     folder.mkdir()
     sizes = {"num_hidden_layers": 2, "intermediate_size": 384, "initializer_range": 1.0}
     save_tiny_model(tmp_path / "model", architecture, **sizes)
     config = tiny_config(tmp_path / "model", parallel=parallel)
-    results = run_distributed(2, quantized_arena_job, config, folder)
+    results = run_distributed(len(hosts), quantized_arena_job, config, folder, hosts)
     monkeypatch.setattr(shared_memory, "SHARED_MEMORY", folder)
     with quantized_checkpoint(tmp_path / "model") as whole:
-        assert results == [(whole.digest(), [])] * 2
+        sums = whole.fingerprints()
+    assert results == [(sums, sums if host == "a" else None, []) for host in hosts]

@@ -3,6 +3,8 @@
 import pytest
 from safetensors.torch import load_file
 
+from megatron_cpgd.weight_sync import shared_memory
+from megatron_cpgd.weight_sync.arena import quantized_checkpoint
 from tests.helpers.node_jobs import node_weights_job
 from tests.helpers.ranks import run_distributed
 from tests.helpers.tiny import save_tiny_model, tiny_config
@@ -51,7 +53,8 @@ def test_every_node_receives_the_whole_model(models, tmp_path, case):
     for node in range(nodes):
         assert sum(result.sent.get(node, 0) for result in results) == whole
     assert [report.network_bytes for report in results[0].reports] == [whole] * nodes
-    assert len({report.digest for report in results[0].reports}) == 1
+    assert results[0].read == [results[0].sums] * nodes
+    assert all(result.sums == results[0].sums for result in results)
     assert all(result.reports == [] for result in results[1:])
 
 
@@ -65,7 +68,7 @@ def test_processes_of_a_node_receive_together_what_one_receives(models, tmp_path
         assert all(received[name].equal(tensor) for name, tensor in expected.items())
     whole = sum(tensor.nbytes for tensor in expected.values())
     assert [report.network_bytes for report in results[0].reports] == [whole, whole]
-    assert len({report.digest for report in results[0].reports}) == 1
+    assert results[0].read == [results[0].sums] * 2
 
 
 def test_a_killed_receiver_ends_the_run_with_its_reason(models, tmp_path):
@@ -96,24 +99,27 @@ def test_a_parameter_that_is_not_sent_is_named(models, tmp_path):
     assert first.error.startswith("WeightSyncError")
 
 
-def test_a_node_makes_the_fp8_blocks_that_ranks_beside_the_engine_make(models, tmp_path):
-    from tests.helpers.weight_jobs import quantized_arena_job
-
-    config = tiny_config(models["qwen3"], parallel={"dp": 2})
-    (tmp_path / "arena").mkdir()
-    digest, _ = run_distributed(1, quantized_arena_job, tiny_config(models["qwen3"]), tmp_path)[0]
+# 192 rows of gate on each of two ranks: the second block of 128 has rows of both. Two replicas
+# serve a node each; three processes of a node take from four ranks.
+@pytest.mark.parametrize(
+    ("parallel", "nodes", "receivers"),
+    [({"dp": 2}, 2, 1), ({"tp": 2, "pp": 2}, 1, 3), ({"tp": 2, "dp": 2, "ep": 2}, 2, 1)],
+    ids=["dp2", "tp2_pp2", "tp2_dp2_ep2"],
+)
+def test_nodes_get_the_fp8_blocks_of_the_whole_matrices(
+    tmp_path, monkeypatch, parallel, nodes, receivers
+):
+    architecture = "qwen3_moe" if "ep" in parallel else "qwen3"
+    save_tiny_model(tmp_path / "model", architecture, intermediate_size=384, initializer_range=1.0)
+    config = tiny_config(tmp_path / "model", parallel=parallel)
+    ranks = config.parallel.world_size
     results = run_distributed(
-        2, node_weights_job, config, tmp_path / "run", 2, 2**20, format="fp8_block"
-    )
-    assert [report.digest for report in results[0].reports] == [digest, digest]
-    [split] = run_distributed(  # three processes for four ranks
-        4,
-        node_weights_job,
-        tiny_config(models["qwen3"], parallel={"tp": 2, "pp": 2}),
-        tmp_path / "split",
-        1,
-        2**20,
-        format="fp8_block",
-        receivers=3,
-    )[0].reports
-    assert split.digest == digest
+        ranks, node_weights_job, config, tmp_path / "run", nodes, 2**20,
+        format="fp8_block", receivers=receivers,
+    )  # fmt: skip
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    with quantized_checkpoint(tmp_path / "model") as whole:
+        sums, nbytes = whole.fingerprints(), whole.nbytes
+    assert results[0].read == [sums] * nodes
+    assert all(result.sums == sums for result in results)
+    assert [report.network_bytes for report in results[0].reports] == [nbytes] * nodes

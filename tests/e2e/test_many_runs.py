@@ -72,14 +72,8 @@ def test_a_run_that_must_stop_abandons_the_batch_in_the_background_and_samples_i
 
 
 def test_an_engine_that_reads_the_weights_in_place_samples_the_same_after_a_restart_too(runs):
-    def but_digests(name):
-        return [
-            {k: x for k, x in row.items() if k != "weights/digest"} for row in learnt(runs / name)
-        ]
-
-    assert but_digests("in_place_interrupted") == but_digests("stale")
-    digests = {row["weights/digest"] for row in learnt(runs / "in_place_interrupted")[1:]}
-    assert len(digests) == 6 and {len(digest) for digest in digests} == {16}
+    # The digests of the weights included.
+    assert learnt(runs / "in_place_interrupted") == learnt(runs / "stale")
 
 
 def test_with_the_samplers_log_probs_the_ratio_spans_the_staleness(runs):

@@ -313,7 +313,7 @@ def test_two_engines_sample_what_one_does_and_get_the_same_weights(labs):
         alone = lab.generate()
         group = EngineGroup([lab.engine, second])
         report = group.refresh(lab.arena, version)
-        assert report.digest == TensorFile.open(lab.arena).digest()
+        assert report.fingerprints == TensorFile.open(lab.arena).fingerprints()
         together = group.generate(PROMPTS, SAMPLING, version=version)
     finally:
         second.close()

@@ -143,7 +143,7 @@ class Lab:
             self.version += 1
             report = self.engine.refresh(self.arena, self.version)
             assert (report.tensors, report.nbytes) == (len(arena.names), arena.nbytes)
-            assert report.digest == arena.digest()
+            assert report.fingerprints == arena.fingerprints()
         return self.version
 
     def generate(self, sampling: Sampling = SAMPLING, prompts=PROMPTS, **others):

@@ -24,6 +24,8 @@ from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
 from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
 from megatron_cpgd.weight_sync.in_place import InPlaceWeights
 from megatron_cpgd.weight_sync.sync import sync_weights
+from megatron_cpgd.weights.engine_format import engine_tensors
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.pieces import Piece, PieceList
 from tests.helpers.engines import PROMPTS, SAMPLING, start_engine
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy
@@ -44,26 +46,25 @@ def in_place_job(
     policy = build_policy(config)
     shared = share(policy, config)
     with patch.object(shared_memory, "SHARED_MEMORY", folder):
-        arena = open_arena(policy._table, config.precision.engine_weights)
+        arena = open_arena(engine_tensors(policy._table, config.precision.engine_weights))
     memory = TrainerMemory(shared.path, CPU) if dist.get_rank() == 0 else None
     results = []
     for step in range(2):
         if step:
             assert policy.train_step(sequences, OBJECTIVE).skipped is None
-        before = {name: arena.file.view(name).clone() for name in arena.file.names}
+        before = {name: arena.view(name).clone() for name in arena.names}
         dist.barrier()
-        policy.write_weights(arena.view)
-        arena.complete()
-        digest = shared.digest()
+        policy.write_engine_weights(arena.view, config.precision.engine_weights)
+        sums = shared.fingerprints()
         if memory is not None:
-            results.append(_compare(AssembledWeights(memory), arena.file, before, digest))
+            results.append(_compare(AssembledWeights(memory), arena, before, sums))
         dist.barrier()  # nobody trains while the engine reads
     remove_arena(arena)
     return results
 
 
 def _compare(
-    assembled: AssembledWeights, arena: Any, before: dict[str, Tensor], digest: str
+    assembled: AssembledWeights, arena: Any, before: dict[str, Tensor], sums: Fingerprints
 ) -> dict[str, Any]:
     assert list(assembled.tensors.items()) == list(arena.tensors.items())
     assert assembled.nbytes == arena.nbytes
@@ -72,7 +73,7 @@ def _compare(
     return {
         "wrong": [name for name in read if not read[name].equal(written[name])],
         "unchanged": [name for name in read if written[name].equal(_bits(before[name]))],
-        "digests": {digest, assembled.digest()},
+        "sums": [sums, assembled.fingerprints()],
         "tensors": len(read),
     }
 
@@ -93,8 +94,8 @@ def refused_job(config: ExperimentConfig, hosts: list[str], room: int = 2**40) -
     return None
 
 
-def moved_weight_job(config: ExperimentConfig) -> tuple[str, str]:
-    """Digests of trainer and engine when a weight has got another storage."""
+def moved_weight_job(config: ExperimentConfig) -> tuple[Fingerprints, Fingerprints]:
+    """Sums of trainer and engine when a weight has got another storage."""
     policy = build_policy(config)
     shared = share(policy, config)
     [parameter] = [p for n, p in policy._chunks[0].named_parameters() if "final_layernorm" in n]
@@ -102,7 +103,7 @@ def moved_weight_job(config: ExperimentConfig) -> tuple[str, str]:
     assembled = AssembledWeights(TrainerMemory(shared.path, CPU))
     for name in assembled.names:
         assembled.view(name)
-    return shared.digest(), assembled.digest()
+    return shared.fingerprints(), assembled.fingerprints()
 
 
 def engine_job(
@@ -113,8 +114,8 @@ def engine_job(
     policy = build_policy(config)
     shared = share(policy, config)
     with patch.object(shared_memory, "SHARED_MEMORY", folder):
-        arena = open_arena(policy._table, config.precision.engine_weights)
-    through_arena = ArenaWeights(policy, arena)
+        arena = open_arena(engine_tensors(policy._table, config.precision.engine_weights))
+    through_arena = ArenaWeights(policy, arena, config.precision.engine_weights)
     versions = count(1)
     engines = start_engine(config.model.path, **engine) if dist.get_rank() == 0 else None
 

@@ -1,6 +1,6 @@
 """Stands for a vLLM worker: `python -m tests.helpers.in_place_reader PIECE_LIST DEVICE`.
 
-For each line that it gets it assembles all weights and prints their digest.
+For each line that it gets it assembles all weights and prints their fingerprints.
 """
 
 import sys
@@ -18,7 +18,7 @@ def main(path: Path, device: torch.device) -> None:
         weights = AssembledWeights(memory)
         for name in weights.names:
             assert weights.view(name).device == device
-        print(weights.digest(), flush=True)
+        print(weights.fingerprints(), flush=True)
 
 
 if __name__ == "__main__":

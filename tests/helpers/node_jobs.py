@@ -5,7 +5,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from megatron_cpgd.weight_sync import node_arena, node_weights, shared_memory
 from megatron_cpgd.weight_sync.node_arena import NodeArena
 from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weights import buckets
+from megatron_cpgd.weights.engine_format import EngineFormat
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.hf_checkpoint import read_config
 from megatron_cpgd.weights.registry import weight_table
 from megatron_cpgd.weights.tensor_file import TensorFile
@@ -31,12 +33,15 @@ from tests.helpers.policy_jobs import build_policy
 
 @dataclass
 class NodeSync:
-    """What one sync with engine nodes was on a rank; `tensors` of each node on rank 0."""
+    """What a sync with engine nodes was on a rank; on rank 0 also what each node has read."""
 
     sent: dict[int, int] = field(default_factory=dict)
     """Bytes by node."""
+    sums: Fingerprints = field(default_factory=dict)
+    """As all engines are to read them."""
     reports: list[Received] = field(default_factory=list)
     tensors: list[dict[str, Tensor]] = field(default_factory=list)
+    read: list[Fingerprints] = field(default_factory=list)
     error: str = ""
 
 
@@ -46,7 +51,7 @@ def node_weights_job(
     nodes: int,
     bucket_bytes: int,
     *,
-    format: Literal["bf16", "fp32", "fp8_block"] = "fp32",
+    format: EngineFormat = "fp32",
     lost: str | None = None,
     receivers: int = 1,
     killed: bool = False,
@@ -87,21 +92,26 @@ def node_weights_job(
         patch.object(shards, "iter_weights", without_lost),
         patch.object(node_weights, "_REASON_S", 5.0 if hub else 0.0),
     ):
-        weights = NodeWeights(policy, hub, count=nodes, start_timeout_s=30, step_timeout_s=30)
+        weights = NodeWeights(
+            policy, policy._table, format, hub, count=nodes, start_timeout_s=30, step_timeout_s=30
+        )
         try:
             for version in (1,) if lost else (1, 2):
-                result.reports = weights.deliver(version)
+                tally, result.reports = weights.deliver(version)
+                result.sums = tally.fingerprints
         except RuntimeError as error:  # a rank that has lost a node, or rank 0, which knows why
             result.error = f"{type(error).__name__}: {error}"
         dist.barrier()
         sent: Counter[int] = Counter()
-        for served, pieces in policy.engine_node_pieces(nodes):
-            for node in served:
-                sent[node] += sum(values.nbytes for _, _, values in pieces)
+        for experts, pieces in policy.engine_pieces(format).items():
+            nbytes = sum(values.nbytes for _, _, values in pieces)
+            for node in policy.engine_nodes_served(nodes).get(experts, ()):
+                sent[node] += nbytes
         result.sent = dict(sent)
     for report in result.reports:
         with TensorFile.open(Path(report.arena)) as file:
             result.tensors.append({name: file.view(name).clone() for name in file.names})
+            result.read.append(file.fingerprints())
     if hub:
         hub.close()
         for server in servers:

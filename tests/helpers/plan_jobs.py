@@ -13,6 +13,7 @@ from megatron_cpgd.policy.parallel import init_model_parallel
 from megatron_cpgd.policy.policy import Policy
 from megatron_cpgd.types import LossSequence
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
+from megatron_cpgd.weights.engine_format import engine_tensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.registry import weight_table
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, with_old_logprobs
@@ -80,18 +81,17 @@ def saved_bytes_job(config: ExperimentConfig) -> int:
 
 
 def resident_bytes_job(config: ExperimentConfig, sequences: list[LossSequence]) -> float:
-    """`perf/memory_peak_gib` after loading, filling and summing the arena, and three steps."""
+    """`perf/memory_peak_gib` after loading, filling the arena, and three steps."""
     memory = PeakMemory()
     info = init_model_parallel(config.parallel, seed=0)
     with HfCheckpoint.open(config.model.path) as checkpoint:
         table = weight_table(checkpoint.config)
         policy = Policy(config, info, checkpoint, table)
-        arena = open_arena(table, config.precision.engine_weights)
+        format = config.precision.engine_weights
+        arena = open_arena(engine_tensors(table, format))
         assert arena is not None
         try:
-            policy.write_weights(arena.view)
-            if info.rank == 0:
-                arena.file.digest()
+            policy.write_engine_weights(arena.view, format)
             with_old_logprobs(sequences, policy.compute_logprobs(sequences))
             for _ in range(3):
                 policy.train_step(sequences, OBJECTIVE)

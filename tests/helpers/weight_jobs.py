@@ -1,6 +1,7 @@
 """Jobs for `run_distributed` about what ranks exchange: rollouts and exported weights."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,8 @@ from megatron_cpgd.types import TrainSequence
 from megatron_cpgd.weight_sync import shared_memory
 from megatron_cpgd.weight_sync.arena import open_arena, remove_arena
 from megatron_cpgd.weights import bucket_stream, buckets
+from megatron_cpgd.weights.engine_format import engine_tensors
+from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.table import WeightTable, rename
 from tests.helpers.policy_jobs import build_policy
 
@@ -53,15 +56,19 @@ def delivered_job(
     policy = build_policy(config)
     tensors = {name: torch.full(s, torch.nan) for name, s in policy._table.hf_shapes.items()}
     view = tensors.__getitem__ if policy.info.beside_rank_0 else None
+    sent = []
+
+    def send(channels: list[Any], made: Iterable[list[buckets.Piece]]) -> None:
+        sent.extend(made)
+        bucket_stream.send_buckets(channels, sent)
+
     with (
         patch.object(buckets, "BUCKET_BYTES", bucket_bytes),
-        patch.object(bucket_stream, "_send_bucket", side_effect=bucket_stream._send_bucket) as send,
+        patch.object(shards, "send_buckets", send),
     ):
         policy.write_weights(view)
-    assert all(
-        sum(v.nbytes for _, _, v in call.args[1]) <= bucket_bytes for call in send.mock_calls
-    )
-    return tensors, send.call_count
+    assert all(sum(v.nbytes for _, _, v in bucket) <= bucket_bytes for bucket in sent)
+    return tensors, len(sent)
 
 
 def incomplete_export_job(config: ExperimentConfig, lost: str) -> str | None:
@@ -86,34 +93,39 @@ def arena_job(folder: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     entry = rename(("megatron",), "hf", (2,))
     with patch.object(shared_memory, "SHARED_MEMORY", folder):
-        arena = open_arena(WeightTable((entry,)), "bf16")
+        arena = open_arena(WeightTable((entry,)).hf_tensors(torch.bfloat16))
         arena.view("hf")[rank] = rank + 1
         dist.barrier()
         values = arena.view("hf")
         if rank == 1:
             remove_arena(arena)
         dist.barrier()
-        after = arena.file.path.exists()
+        after = arena.path.exists()
         dist.barrier()
         if rank == 0:
             remove_arena(arena)
     return {
         "values": values.tolist(),
         "dtype": str(values.dtype).removeprefix("torch."),
-        "path": str(arena.file.path),
+        "path": str(arena.path),
         "after_rank_1_left": after,
     }
 
 
-def quantized_arena_job(config: ExperimentConfig, folder: Path) -> tuple[str, list[str]]:
-    """Digest of what the engine would read, and the files left when all ranks have gone."""
+def quantized_arena_job(
+    config: ExperimentConfig, folder: Path, hosts: str
+) -> tuple[Fingerprints, Fingerprints | None, list[str]]:
+    """Sums of what the ranks sent and of what the engine would read, and the files left when all
+    ranks have gone, if they are on these hosts."""
+    os.environ["SLURMD_NODENAME"] = hosts[dist.get_rank()]
     policy = build_policy(config)
     with patch.object(shared_memory, "SHARED_MEMORY", folder):
-        arena = open_arena(policy._table, "fp8_block")
-        policy.write_weights(arena.view)
-        arena.complete()
-        digest = arena.file.digest()
+        tensors = engine_tensors(policy._table, "fp8_block")
+        arena = open_arena(tensors, beside_rank_0=policy.info.beside_rank_0)
+        sent = policy.write_engine_weights(arena.view if arena else None, "fp8_block")
+        read = arena.fingerprints() if arena else None
         dist.barrier()
-        remove_arena(arena)
+        if arena:
+            remove_arena(arena)
         dist.barrier()
-        return digest, [path.name for path in folder.iterdir()]
+        return sent, read, [path.name for path in folder.iterdir()]

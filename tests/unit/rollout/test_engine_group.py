@@ -16,10 +16,10 @@ SAMPLING = Sampling(n=2, max_tokens=1, seed=100)
 class EchoEngine:
     """Answers with the prompt's first token and the seed; keeps what it was asked."""
 
-    def __init__(self, digest: str = "same") -> None:
+    def __init__(self, fingerprint: int = 1) -> None:
         self.prompts: list[list[int]] = []
         self.asleep = self.closed = False
-        self._digest = digest
+        self._fingerprint = fingerprint
 
     def generate(self, prompts, sampling, *, seeds=None, version):
         self.prompts += prompts
@@ -36,7 +36,8 @@ class EchoEngine:
         ]  # fmt: skip
 
     def refresh(self, arena, version):
-        return RefreshReport(seconds=1.0, tensors=1, nbytes=1, digest=self._digest)
+        read = {"a": 1, "b": self._fingerprint}
+        return RefreshReport(seconds=1.0, tensors=2, nbytes=1, fingerprints=read)
 
     def sleep(self):
         self.asleep = True
@@ -96,8 +97,11 @@ def test_an_engine_that_fails_is_reported_before_the_others_are_done():
 
 
 def test_engines_that_read_different_weights_are_an_error():
-    group = EngineGroup([EchoEngine("a"), EchoEngine("b")])
-    with pytest.raises(WeightSyncError, match="version 4: engine 0 read a, engine 1 b from arena"):
+    group = EngineGroup([EchoEngine(), EchoEngine(2)])
+    with pytest.raises(
+        WeightSyncError,
+        match="version 4: engine 0 and engine 1 have read different values from arena: b; in all 1",
+    ):
         group.refresh(Path("arena"), 4)
 
 

@@ -94,14 +94,14 @@ def test_a_request_reaches_its_node_and_the_answer_comes_back(nodes, key_file, j
         answer_one(
             channel,
             lambda request, node=node: Refreshed(
-                tensors=request.version, nbytes=7, digest=f"from {node}"
+                tensors=request.version, nbytes=7, fingerprints={"from": node}
             ),
         )
     for caller in callers:
         caller.join(5)
-    assert {node: (r.digest, r.tensors) for node, r in reports.items()} == {
-        0: ("from 0", 3),
-        1: ("from 1", 3),
+    assert {node: (r.fingerprints, r.tensors) for node, r in reports.items()} == {
+        0: ({"from": 0}, 3),
+        1: ({"from": 1}, 3),
     }
 
 

@@ -29,7 +29,7 @@ class StrictEngine:
         if version < self.held:
             raise RolloutError(f"holds {self.held}, refreshed to {version}")
         self.held = version
-        return RefreshReport(seconds=0.0, tensors=0, nbytes=0, digest="")
+        return RefreshReport(seconds=0.0, tensors=0, nbytes=0, fingerprints={})
 
     def close(self):
         pass

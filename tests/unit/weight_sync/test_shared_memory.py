@@ -24,7 +24,7 @@ def ended():
 
 def test_only_arenas_that_nobody_uses_are_removed(folder, ended):
     living, other = arena_path(os.getppid()), folder / f"other_{ended}.safetensors"
-    gone = (arena_path(ended), arena_path(ended, "_bf16"), arena_path(os.getpid()))
+    gone = (arena_path(ended), arena_path(os.getpid()))
     for path in (living, other, *gone):
         path.touch()
     remove_stale_arenas()

@@ -7,9 +7,9 @@ import torch
 
 from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.rollout.engine import RefreshReport
-from megatron_cpgd.weight_sync.arena import Arena
 from megatron_cpgd.weight_sync.arena_weights import ArenaWeights
 from megatron_cpgd.weight_sync.sync import sync_weights
+from megatron_cpgd.weights.fingerprint import whole_fingerprint
 from megatron_cpgd.weights.tensor_file import TensorFile
 
 SHAPES = {"a": (torch.float32, (2, 3)), "b": (torch.bfloat16, (5,))}
@@ -30,21 +30,28 @@ class FakeEngine:
             self.tensors = {name: file.view(name).clone() for name in file.names}
             self.version = version
             return RefreshReport(
-                seconds=0.0, tensors=len(file.names), nbytes=file.nbytes, digest=file.digest()
+                seconds=0.0,
+                tensors=len(file.names),
+                nbytes=file.nbytes,
+                fingerprints=file.fingerprints(),
             )
 
 
 class FakePolicy:
-    def write_weights(self, view) -> None:
-        view("a").copy_(torch.arange(6.0).view(2, 3))
-        view("b").fill_(0.5)
+    """Its sums are those of its own weights, not of what it has written."""
+
+    def write_engine_weights(self, view, format):
+        weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((5,), 0.5).bfloat16()}
+        for name, weight in weights.items():
+            view(name).copy_(weight)
+        return {name: whole_fingerprint(weight) for name, weight in weights.items()}
 
     def release(self) -> None:
         pass
 
 
 def route(arena: TensorFile) -> ArenaWeights:
-    return ArenaWeights(FakePolicy(), Arena(arena))
+    return ArenaWeights(FakePolicy(), arena, "fp32")
 
 
 @pytest.fixture
@@ -75,14 +82,14 @@ def test_the_policy_has_written_and_left_the_gpus_before_the_engine_wakes(arena)
             events.append("refreshed")
             return super().refresh(arena, version)
 
-    sync_weights(ArenaWeights(Policy(), Arena(arena)), Engine(), version=1)
+    sync_weights(ArenaWeights(Policy(), arena, "fp32"), Engine(), version=1)
     assert events == [("released", [0.5] * 5), "refreshed"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_number_that_changed_on_the_way_stops_the_run(arena, name):
     with pytest.raises(
-        WeightSyncError, match=r"version 3: the policy wrote \w{8}, the engine read"
+        WeightSyncError, match=rf"version 3: .* from {arena.path}: {name}; in all 1 of 2 tensors"
     ):
         sync_weights(route(arena), FakeEngine(damage=name), version=3)
 

@@ -7,8 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_cpgd.errors import WeightSyncError
 from megatron_cpgd.weights import fingerprint as module
-from megatron_cpgd.weights.fingerprint import combine, fingerprint
+from megatron_cpgd.weights.fingerprint import (
+    combine,
+    describe_difference,
+    fingerprint,
+    merge_fingerprints,
+    whole_fingerprint,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -126,8 +133,36 @@ def test_it_is_that_of_the_rounded_tensor():
 
 def test_keys_in_the_place_of_values_change_the_digest():
     tensors = {"k_proj": (torch.float32, (2, 3)), "v_proj": (torch.float32, (2, 3))}
-    assert combine(tensors, [1, -2]) != combine(tensors, [-2, 1])
-    assert combine(tensors, [1, -2]) == combine(tensors, [1, 2**32 - 2])
-    other = tensors | {"v_proj": (torch.float32, (3, 2))}
-    assert combine(tensors, [1, -2]) != combine(other, [1, -2])
-    assert len(combine(tensors, [1, -2])) == 16
+    sums = {"k_proj": 1, "v_proj": 2}
+    assert combine(tensors, sums) != combine(tensors, {"k_proj": 2, "v_proj": 1})
+    assert combine(tensors | {"v_proj": (torch.float32, (3, 2))}, sums) != combine(tensors, sums)
+    assert combine(tensors | {"v_proj": (torch.int32, (2, 3))}, sums) != combine(tensors, sums)
+    assert len(combine(tensors, sums)) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 2), (2, 3, 2)])
+def test_a_whole_tensor_may_have_any_number_format_and_shape(dtype, shape):
+    tensor = random(shape, torch.float32).mul(8).to(dtype)
+    sum_ = whole_fingerprint(tensor)
+    assert 0 <= sum_ < 2**32 and whole_fingerprint(tensor.clone()) == sum_
+    if tensor.numel():
+        changed = tensor.clone()
+        changed.view(-1).view(torch.uint8)[-1] ^= 1
+        assert whole_fingerprint(changed) != sum_
+
+
+def test_readers_of_different_tensors_add_up_and_two_of_the_same_must_agree():
+    assert merge_fingerprints([{"a": 1}, {"b": 2}, {"a": 1}]) == {"a": 1, "b": 2}
+    with pytest.raises(WeightSyncError, match="different values of a"):
+        merge_fingerprints([{"a": 1, "b": 2}, {"a": 3}])
+
+
+def test_a_message_names_the_first_tensors_that_differ_or_are_missing():
+    first = {name: 0 for name in "abcdefgh"}
+    assert describe_difference(first, dict(first)) is None
+    assert describe_difference(first, first | {"c": 1}) == "c; in all 1 of 8 tensors"
+    assert describe_difference({"a": 1}, {"a": 1, "x": 0}) == "x; in all 1 of 1 tensors"
+    changed = {name: 1 for name in first}
+    expected = "a, b, c, d, e and 3 more; in all 8 of 8 tensors"
+    assert describe_difference(first, changed) == expected

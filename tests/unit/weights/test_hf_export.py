@@ -15,7 +15,7 @@ from megatron_cpgd.weights.carried import CarriedTensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import HfWriter, plan_shards
 from megatron_cpgd.weights.registry import weight_table
-from megatron_cpgd.weights.table import Ignored, WeightTable, export_tensor, import_tensor
+from megatron_cpgd.weights.table import Ignored, WeightTable, export_pieces, import_tensor
 
 SIZES = {
     "hidden_size": 32,
@@ -48,7 +48,8 @@ def export_shards(source: Path, writer: HfWriter, table: WeightTable, ranks: lis
                     shape[0 if entry.split == "rows" else 1] //= 2
                 local = torch.empty(shape)
                 import_tensor(entry, local, checkpoint.read, tp_rank=rank, tp_size=2)
-                export_tensor(entry, local, writer.view, tp_rank=rank, tp_size=2)
+                for name, place, values in export_pieces(entry, local, tp_rank=rank, tp_size=2):
+                    writer.view(name)[place].copy_(values)
 
 
 def export_as_attached_rank(source: Path, out: Path, table: WeightTable) -> None:

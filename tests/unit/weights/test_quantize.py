@@ -1,5 +1,7 @@
 """FP8 blocks: against the definition, block by block; e2e/inside_engine_process.py against vLLM."""
 
+from itertools import pairwise, product
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,10 +10,14 @@ from hypothesis import strategies as st
 from megatron_cpgd.weights.quantize import (
     BLOCK,
     FP8,
+    block_scales,
     dequantize,
     is_quantized,
+    own_blocks,
     quantize,
+    quantize_part,
     quantized_tensors,
+    raise_maxima,
     scale_shape,
 )
 from megatron_cpgd.weights.registry import weight_table
@@ -94,6 +100,32 @@ def test_a_block_of_zeros_has_a_factor_that_is_not_zero():
     codes, scales = quantized(torch.zeros(130, 5).bfloat16())
     assert (codes.float() == 0).all()
     assert scales.tolist() == [[pytest.approx(1e-4 / 448)]] * 2
+
+
+@st.composite
+def cut_weights(draw):
+    """A weight and where it is cut along rows and columns."""
+    weight = draw(weights)
+    cuts = [sorted({0, size, *draw(st.lists(st.integers(1, size)))}) for size in weight.shape]
+    return weight, [[slice(a, b) for a, b in pairwise(ends)] for ends in cuts]
+
+
+@given(cut_weights())
+def test_parts_that_know_the_largest_numbers_of_all_make_the_codes_of_the_whole(case):
+    weight, cuts = case
+    codes, scales = quantized(weight)
+    places = list(product(*cuts))
+    maxima = torch.zeros(scales.shape)
+    for place in places:
+        raise_maxima(maxima, weight[place], place)
+    factors = block_scales(maxima)
+    assert factors.equal(scales)
+    for place in places:
+        assert same_bits(quantize_part(weight[place], place, factors), codes[place].contiguous())
+    owned = torch.zeros(scales.shape)
+    for place in places:
+        owned[own_blocks(place)] += 1
+    assert (owned == 1).all()
 
 
 def test_the_names_are_those_of_the_public_fp8_checkpoints():
