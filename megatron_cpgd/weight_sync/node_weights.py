@@ -139,12 +139,12 @@ class NodeWeights:
                     send_buckets([self._links[node] for node in served], iter_buckets(own))
             for link in self._links.values():
                 end_buckets(link)
-            dist.all_reduce(tally.counts)
 
         self._watched(send_all)
-        if not self._nodes:
-            return tally, []
-        reports = [self._nodes.received(i, self._step_timeout_s) for i in range(self._count)]
+        reports = []
+        if self._nodes:
+            reports = [self._nodes.received(i, self._step_timeout_s) for i in range(self._count)]
+        dist.all_reduce(tally.counts)  # not before rank 0 knows that no node was lost
         for i, report in enumerate(reports):
             if report.version != version:
                 raise WeightSyncError(

@@ -92,7 +92,7 @@ def _receive(channel: Channel, nbytes: int) -> Tensor:
 
 def _as_bytes(values: Tensor) -> Tensor:
     # All travels as bytes: not every backend knows every number format.
-    return values.reshape(-1).view(torch.uint8)
+    return values.flatten().contiguous().view(torch.uint8)
 
 
 def _describe(bucket: list[Piece]) -> _Bucket:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,12 +24,15 @@ from megatron_cpgd.weight_sync import node_arena, node_weights, shared_memory
 from megatron_cpgd.weight_sync.node_arena import NodeArena
 from megatron_cpgd.weight_sync.node_weights import NodeWeights
 from megatron_cpgd.weights import buckets
-from megatron_cpgd.weights.engine_format import EngineFormat
+from megatron_cpgd.weights.engine_format import EngineFormat, engine_tensors
 from megatron_cpgd.weights.fingerprint import Fingerprints
 from megatron_cpgd.weights.hf_checkpoint import read_config
 from megatron_cpgd.weights.registry import weight_table
+from megatron_cpgd.weights.tally import Tally
 from megatron_cpgd.weights.tensor_file import TensorFile
 from tests.helpers.policy_jobs import build_policy
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -101,6 +105,8 @@ def node_weights_job(
                 result.sums = tally.fingerprints
         except RuntimeError as error:  # a rank that has lost a node, or rank 0, which knows why
             result.error = f"{type(error).__name__}: {error}"
+            if hub and lost:  # a run would end here; the other ranks wait to add up their sums
+                dist.all_reduce(Tally(engine_tensors(policy._table, format), CPU).counts)
         dist.barrier()
         sent: Counter[int] = Counter()
         for experts, pieces in policy.engine_pieces(format).items():
