@@ -229,22 +229,21 @@ def _training(model: Model, layout: Layout, machine: Machine, workload: Workload
 
 
 def _sync_seconds(model: Model, layout: Layout, machine: Machine, engine: EngineSettings) -> float:
-    """Written to the arena by all ranks, summed by rank 0, read and summed by the engine. FP8 is
-    made there, of bf16.
+    """Written to the arena by all ranks, read and summed by every engine of its host. What ranks
+    quantise and sum on their own devices takes no time.
 
     A node of engines receives the model from one replica of the trainer, in equal shares, over as
     many links as it has receivers and the replica has senders. These send to all nodes of the
     replica at one time.
     """
     rates = machine.efficiency
-    read = model.checkpoint_bytes[engine.precision]
-    written = model.checkpoint_bytes["fp32" if engine.precision == "fp32" else "bf16"]
-    seconds = 2 * read / rates.host_sum + read / machine.pcie
+    size = model.checkpoint_bytes[engine.precision]
+    seconds = size * engine.per_host / rates.host_sum + size / machine.pcie
     if not engine.nodes:
-        return rates.sync_factor * (seconds + written / rates.host_write)
-    of_experts = written * model.expert_parameters / model.parameters
+        return rates.sync_factor * (seconds + size / rates.host_write)
+    of_experts = size * model.expert_parameters / model.parameters
     for nbytes, replicas, senders in (
-        (written - of_experts, layout.replicas, layout.tp * layout.pp),
+        (size - of_experts, layout.replicas, layout.tp * layout.pp),
         (of_experts, layout.expert_replicas, layout.ep * layout.etp * layout.pp),
     ):
         links = min(machine.receivers, senders)

@@ -56,8 +56,9 @@ class Efficiency:
     host_writes: float = 80e9
     """The same of all receivers of an engine node, which share the memory of their host. On its way
     a byte from a GPU passes it three times: 240 of the 614 GB/s of 16 channels of DDR5-4800."""
-    host_sum: float = 20e9
-    """Bytes per second of a checksum of the arena, by 16 threads."""
+    host_sum: float = 100e9
+    """Bytes per second that all cores of a host sum up in the arena: 100 of them that each reach 1
+    of the 3 to 8 GB/s which one core was seen to."""
     train_factor: float = 1.0
     """Measured / predicted time of the trainer's passes."""
     generate_factor: float = 1.0
@@ -180,7 +181,7 @@ def cpu_machine() -> Machine:
         accelerator=False,
         efficiency=Efficiency(
             dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
-            iteration_s=1e-2, sequence_s=4e-5, host_write=4e8, host_writes=4e8, host_sum=8e8,
+            iteration_s=1e-2, sequence_s=4e-5, host_write=4e8, host_writes=4e8, host_sum=4e9,
             rank_memory=GIB // 8, fragmentation=0.05,
         ),
     )  # fmt: skip

@@ -87,7 +87,7 @@ class HostMemory:
 
     name: str
     arena: int
-    """All weights in shared memory, between trainer and engine, and in bf16 what becomes FP8."""
+    """All weights in shared memory, between trainer and engine."""
     reference: int
     """The pinned shards of its ranks."""
     offload: int
@@ -183,8 +183,8 @@ def rank_memory(
         reference = REFERENCE_PIECE if machine.accelerator else state.weights
     mapped, lost = 0, machine.efficiency.fragmentation * (activations + working)
     if not machine.accelerator:
-        # Rank 0 reads the whole arena to sum it; checkpoints have the precision of the policy.
-        touched = model.parameters + read_elements(model, layout, stage)
+        # It writes its part of the arena; checkpoints have the precision of the policy.
+        touched = model.parameters // layout.world_size + read_elements(model, layout, stage)
         mapped = passes.element * touched
         if layout.tp > 1:
             lost *= HEAP_LOSS
@@ -241,8 +241,6 @@ def host_memory(
     held = machine.accelerator and settings.reference  # else it is counted with the rank
     process = HOST_PROCESS if machine.accelerator else 0
     arena = model.checkpoint_bytes[engine.precision]
-    if engine.precision == "fp8_block":
-        arena += model.checkpoint_bytes["staging"]
     workers = process * min(engine.tp * engine.per_host, machine.gpus_per_node)
     trainer = HostMemory(
         name="the first node", arena=0 if engine.in_place else arena,

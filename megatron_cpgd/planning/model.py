@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_cpgd.weights.decoder import Decoder
-from megatron_cpgd.weights.quantize import Tensors, is_quantized, quantized_tensors
+from megatron_cpgd.weights.quantize import Tensors, quantized_tensors
 from megatron_cpgd.weights.registry import read_decoder, weight_table
 from megatron_cpgd.weights.table import Entry, Split, WeightTable
 from megatron_cpgd.weights.tensor_file import tensor_bytes
@@ -49,8 +49,7 @@ class Model:
     """Parameters of each layer, with how many there are of each kind; equal layers are one object,
     so that sums over them can be kept."""
     checkpoint_bytes: Mapping[str, int]
-    """Of all tensors as the engine reads them, by the number format of its weights; `staging`: of
-    those that become FP8, in bf16."""
+    """Of all tensors as the engine reads them, by the number format of its weights."""
 
     @property
     def vocab_matrix(self) -> int:
@@ -156,7 +155,6 @@ def _checkpoint_bytes(table: WeightTable) -> dict[str, int]:
         "bf16": _tensor_bytes(bf16),
         "fp32": _tensor_bytes(table.hf_tensors(torch.float32)),
         "fp8_block": _tensor_bytes(quantized_tensors(bf16)),
-        "staging": _tensor_bytes({name: bf16[name] for name in bf16 if is_quantized(name)}),
     }
 
 

@@ -44,6 +44,7 @@ from megatron_cpgd.policy.schedule import (
     run_schedule,
 )
 from megatron_cpgd.policy.shards import (
+    count_elements,
     engine_nodes_served,
     engine_pieces,
     iter_pieces,
@@ -353,6 +354,10 @@ class Policy:
     def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
         """See `shards.engine_nodes_served`."""
         return engine_nodes_served(self._chunks, self._table, self.info, nodes)
+
+    def count_elements(self) -> dict[bool, int]:
+        """See `shards.count_elements`."""
+        return count_elements(self._chunks, self._table, self.info)
 
     def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
         """See `shards.engine_pieces`."""

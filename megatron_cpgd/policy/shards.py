@@ -129,6 +129,16 @@ def engine_nodes_served(
     }
 
 
+def count_elements(chunks: list[Any], table: WeightTable, info: ParallelInfo) -> dict[bool, int]:
+    """Of the parts that this rank holds of the tensors of experts (True), and of the others."""
+    return {
+        experts: sum(
+            values.numel() for _, _, values in iter_pieces(chunks, table, info, experts=experts)
+        )
+        for experts in (False, True)
+    }
+
+
 def iter_pieces(
     chunks: list[Any], table: WeightTable, info: ParallelInfo, *, experts: bool | None = None
 ) -> Iterator[Piece]:

@@ -41,7 +41,8 @@ class OpenLinks(msgspec.Struct, tag=True, kw_only=True):
     port: int
     """Of the torch.distributed store where the two ends meet."""
     backend: str
-    ranks: list[int]
+    elements: dict[int, int]
+    """That the node gets at each sync, by rank."""
     timeout_s: float
 
 

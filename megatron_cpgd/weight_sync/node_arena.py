@@ -6,7 +6,7 @@ As in an arena that ranks write themselves, the count of elements proves each te
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import msgspec
@@ -27,6 +27,19 @@ def max_receivers(backend: str) -> int:
     if backend == "nccl":
         return torch.cuda.device_count()
     return max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+
+
+def spread(elements: Mapping[int, int], count: int) -> list[dict[int, int]]:
+    """The ranks in `count` groups that send about as many elements each.
+
+    By turns alone one receiver could get all dense layers: their senders are a fixed number of
+    ranks apart.
+    """
+    groups: list[dict[int, int]] = [{} for _ in range(count)]
+    for rank in sorted(elements, key=lambda rank: (-elements[rank], rank)):
+        least = min(groups, key=lambda group: sum(group.values()))
+        least[rank] = elements[rank]
+    return groups
 
 
 class NodeArena:
@@ -52,15 +65,14 @@ class NodeArena:
                 f"engine node {self._node}: the trainer sends from its GPUs by NCCL, and torch "
                 "sees no GPU here; start the node with GPUs, or the trainer without"
             )
-        count = min(max_receivers(message.backend), len(message.ranks))
+        count = min(max_receivers(message.backend), len(message.elements))
         self._receivers = [Receiver(self.arena, self._node)]
         for i in range(1, count):
             gpu = i if nccl else None
             self._processes.append(ReceiverProcess(self.arena, self._node, number=i, gpu=gpu))
         self._receivers += self._processes
-        self._order(
-            [msgspec.structs.replace(message, ranks=message.ranks[i::count]) for i in range(count)]
-        )
+        shares = spread(message.elements, count)
+        self._order([msgspec.structs.replace(message, elements=share) for share in shares])
 
     def receive(self, version: int) -> Received:
         """Fill the arena with what the ranks send now.

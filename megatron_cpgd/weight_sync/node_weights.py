@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,9 @@ class PieceSource(Protocol):
     def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
         """The nodes to which this rank sends the weights of experts (True), and the others."""
 
+    def count_elements(self) -> dict[bool, int]:
+        """Of these weights, all that this rank has."""
+
     def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
         """These weights as an engine takes them. Collective over the ranks that share tensors."""
 
@@ -64,21 +68,26 @@ class NodeWeights:
         self._step_timeout_s = step_timeout_s
         rank, timeout = dist.get_rank(), timedelta(seconds=start_timeout_s + step_timeout_s)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        mine = sorted(set().union(*self._served.values()))
-        served: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(served, mine)
+        elements = policy.count_elements()
+        mine: Counter[int] = Counter()
+        for experts, served in self._served.items():
+            mine.update(dict.fromkeys(served, elements[experts]))
+        sent: list[dict[int, int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(sent, dict(mine))
         place: list[Any] = [None]
         if nodes:
             host = os.environ["MASTER_ADDR"]
             self._store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             place = [(host, self._store.port)]
             for node in range(count):
-                ranks = [each for each, theirs in enumerate(served) if node in theirs]
+                to_node = {
+                    sender: theirs[node] for sender, theirs in enumerate(sent) if node in theirs
+                }
                 message = OpenLinks(
                     host=host,
                     port=self._store.port,
                     backend=backend,
-                    ranks=ranks,
+                    elements=to_node,
                     timeout_s=timeout.total_seconds(),
                 )
                 nodes.send(node, message)
@@ -91,7 +100,7 @@ class NodeWeights:
         def open_links() -> None:
             # In the order of the nodes, whose receivers take the ranks in theirs: nobody waits in
             # a circle.
-            for node in mine:
+            for node in sorted(mine):
                 self._links[node] = Link(
                     self._store,
                     rank=rank,

@@ -93,7 +93,7 @@ class Receiver:
                 backend=order.backend,
                 timeout=timeout,
             )
-            for rank in order.ranks  # ascending: see NodeWeights
+            for rank in sorted(order.elements)  # see NodeWeights
         ]
 
     def _take(self) -> Done:

@@ -51,7 +51,6 @@ def test_an_fp8_checkpoint_has_a_byte_per_element_of_a_layer_and_bf16_for_the_re
     bytes_of = public_model("Qwen3-8B").checkpoint_bytes
     assert bytes_of["fp8_block"] == linear + 4 * linear // 128**2 + 2 * rest
     assert bytes_of["bf16"] == 2 * (linear + rest)
-    assert bytes_of["staging"] == 2 * linear
 
 
 def test_a_rank_keeps_its_layers_matrices_twice_in_fp8_but_for_those_that_stay_in_bf16() -> None:
@@ -129,10 +128,9 @@ def test_the_cache_stays_in_bf16_unless_it_is_set(tmp_path: Path) -> None:
     assert two.cache_tokens == 1_000_000_000 // (147_456 // 2)
 
 
-def test_the_host_holds_fp8_and_what_it_is_made_of(tmp_path: Path) -> None:
-    bytes_of = public_model("Qwen3-8B").checkpoint_bytes
+def test_the_host_holds_the_weights_in_fp8_alone(tmp_path: Path) -> None:
     host = plan(tmp_path, "Qwen3-8B", "h100", "precision.rollout=fp8_block").host
-    assert host.arena == bytes_of["fp8_block"] + bytes_of["staging"]
+    assert host.arena == public_model("Qwen3-8B").checkpoint_bytes["fp8_block"]
 
 
 @pytest.mark.parametrize(

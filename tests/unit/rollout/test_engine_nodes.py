@@ -231,7 +231,7 @@ def test_closing_ends_a_wait_in_another_thread(nodes, join):
 
 def test_orders_come_in_the_order_of_sending(nodes, join):
     for port in range(5):
-        order = OpenLinks(host="h", port=port, backend="gloo", ranks=[], timeout_s=1.0)
+        order = OpenLinks(host="h", port=port, backend="gloo", elements={}, timeout_s=1.0)
         nodes.send(0, order)
     channel, ports = join(0), []
     while len(ports) < 5:
