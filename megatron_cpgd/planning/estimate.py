@@ -238,7 +238,8 @@ def _sync_seconds(model: Model, layout: Layout, machine: Machine, engine: Engine
     """
     rates = machine.efficiency
     size = model.checkpoint_bytes[engine.precision]
-    seconds = size * engine.per_host / rates.host_sum + size / machine.pcie
+    engines = min(engine.per_host, max(machine.gpus_per_node // engine.tp, 1))
+    seconds = size * engines / rates.host_sum + size / machine.pcie
     if not engine.nodes:
         return rates.sync_factor * (seconds + size / rates.host_write)
     of_experts = size * model.expert_parameters / model.parameters
