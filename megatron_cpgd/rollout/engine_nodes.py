@@ -15,6 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.rollout.messages import Failed, Response, as_error
 from megatron_cpgd.rollout.node_channel import (
+    MORE,
     PULSE_S,
     SILENCE_S,
     Access,
@@ -53,6 +54,8 @@ class _Node:
     """Pulses of ours since its last message."""
     waiting: list[ToNode] = field(default_factory=list)
     """What to send after its Hello."""
+    parts: bytearray = field(default_factory=bytearray)
+    """Of a message whose end has not come yet."""
     answers: dict[int, Response] = field(default_factory=dict)
     """By engine, if not fetched yet."""
     received: Received | None = None
@@ -201,10 +204,9 @@ class EngineNodes:
         next_pulse, leaving = time.monotonic(), 0
         while True:
             poller.poll(int(PULSE_S * 1000))
-            while self._router.poll(0):
-                address, content = self._router.recv_multipart()
+            while self._router.poll(0) and time.monotonic() < next_pulse:
                 with self._changed:
-                    self._take(address, msgspec.msgpack.decode(content, type=FromNode))
+                    self._take(*self._router.recv_multipart())
                     self._changed.notify_all()
             for node, message in self._outbox.take_all():
                 self._send(node, message)
@@ -218,14 +220,18 @@ class EngineNodes:
                 for node in self._nodes:
                     self._watch(node)
 
-    def _take(self, address: bytes, message: FromNode) -> None:
-        if isinstance(message, Hello):
-            self._greet(address, message)
-            return
+    def _take(self, address: bytes, mark: bytes, part: bytes) -> None:
         node = next((node for node in self._nodes if node.address == address), None)
         if node is None:
+            with suppress(msgspec.DecodeError):  # a lost node may still send something else
+                self._greet(address, msgspec.msgpack.decode(part, type=Hello))
             return
         node.silent = 0
+        node.parts += part
+        if mark == MORE:
+            return
+        message: FromNode = msgspec.msgpack.decode(node.parts, type=FromNode)
+        node.parts = bytearray()
         match message:
             case Answer():
                 node.answers[message.engine] = message.response

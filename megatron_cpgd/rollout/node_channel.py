@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 PULSE_S = 1.0
 SILENCE_S = 30.0
 """Without a sign of life for so long, the other side is taken for lost."""
+PART_BYTES = 4 << 20
+"""A node sends longer messages in parts, each of which is a sign of life: pulses would wait behind
+the routes of a large batch, which take minutes on a slow network."""
+LAST, MORE = b"", b"+"
 _WELCOME_MS = 3000
 _LOOK_S = 0.2
 
@@ -96,7 +100,8 @@ class NodeChannel:
         self._poller.poll(int(wait_s * 1000))
         try:
             for message in self._outbox.take_all():
-                self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+                for part in split(msgspec.msgpack.encode(message)):
+                    self._socket.send_multipart(part, zmq.NOBLOCK)
         except zmq.Again as error:
             raise RolloutError("the connection to rank 0 broke: it has ended") from error
         received = []
@@ -109,6 +114,14 @@ class NodeChannel:
         with suppress(RolloutError):
             self.exchange(0)
         self._socket.context.destroy(linger=2000)
+
+
+def split(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Parts of a node's message, each with a mark: LAST or MORE."""
+    view = memoryview(content)
+    for start in range(0, len(view), PART_BYTES):
+        end = start + PART_BYTES
+        yield (LAST if end >= len(view) else MORE), view[start:end]
 
 
 def connect(key_file: Path, hello: Hello, limit_s: float) -> tuple[NodeChannel, Access]:
@@ -146,7 +159,8 @@ def _try(access: Access, hello: Hello) -> "zmq.Socket[bytes] | None":
     socket.sndtimeo = _WELCOME_MS
     with suppress(zmq.ZMQError):  # zmq.Again: nobody there; others: the name does not resolve yet
         socket.connect(f"tcp://{access.host}:{access.port}")
-        socket.send(msgspec.msgpack.encode(hello))
+        [part] = split(msgspec.msgpack.encode(hello))
+        socket.send_multipart(part)
         if socket.poll(_WELCOME_MS):
             assert msgspec.msgpack.decode(socket.recv(), type=ToNode) == Welcome()
             return socket

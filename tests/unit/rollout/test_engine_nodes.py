@@ -1,9 +1,11 @@
 """Rank 0 and engine nodes find, trust and lose each other; real sockets, the nodes are threads."""
 
+import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -13,10 +15,11 @@ from megatron_cpgd.errors import ConfigError, RolloutError
 from megatron_cpgd.rollout import engine_nodes, node_channel
 from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
-from megatron_cpgd.rollout.messages import Failed, Ready, Refreshed
+from megatron_cpgd.rollout.messages import Failed, Generated, Ready, Refreshed
 from megatron_cpgd.rollout.node_channel import Access, NodeChannel, connect, write_access
 from megatron_cpgd.rollout.node_messages import Answer, Ask, Hello, Leave, Left, OpenLinks, Pulse
 from megatron_cpgd.rollout.remote_engine import RemoteEngine
+from megatron_cpgd.types import Rollout, RouteLayout, Routes
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +192,63 @@ def test_a_node_that_falls_silent_is_lost(nodes, monkeypatch, join):
     join(0)
     with pytest.raises(RolloutError, match=r"engine node 0 on host0 is lost: silent for 0.5 s"):
         nodes.received(0, limit_s=60)
+
+
+def slow_link(port: int, bytes_per_s: int) -> int:
+    """A port of this host that leads to another one, from there at that speed."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+
+    def forward(source: socket.socket, target: socket.socket, pause_s: float) -> None:
+        with suppress(OSError), source, target:
+            while data := source.recv(1 << 16):
+                time.sleep(pause_s)
+                target.sendall(data)
+
+    def serve() -> None:
+        here, _ = listener.accept()
+        there = socket.create_connection(("127.0.0.1", port))
+        pause_s = (1 << 16) / bytes_per_s
+        for ends in ((here, there, pause_s), (there, here, 0)):
+            threading.Thread(target=forward, args=ends, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def test_a_node_that_sends_for_longer_than_it_may_be_silent_is_not_lost(
+    nodes, key_file, monkeypatch, join
+):
+    """Its pulses wait behind the routes of a large batch."""
+    monkeypatch.setattr(engine_nodes, "SILENCE_S", 0.8)
+    monkeypatch.setattr(node_channel, "PART_BYTES", 1 << 18)
+    access = msgspec.json.decode(key_file.read_bytes(), type=Access)
+    write_access(key_file, msgspec.structs.replace(access, port=slow_link(access.port, 4 << 20)))
+    layout = RouteLayout(layers=[0], top_k=1, num_experts=2)
+    rollout = Rollout(
+        token_ids=[1], logprobs=[0.0], finish_reason="stop", weight_version=0,
+        routes=Routes(layout=layout, experts=bytes(range(256)) * (40 << 10)),
+    )  # fmt: skip  # 10 MiB: 2.5 s
+    channel, done = join(0), threading.Event()
+
+    def serve_node() -> None:
+        channel.send(Answer(engine=0, response=Ready()))
+        channel.send(Answer(engine=0, response=Generated(groups=[[rollout]])))
+        while not done.is_set():
+            channel.send(Pulse())
+            channel.exchange(0.1)
+
+    serving = threading.Thread(target=serve_node)
+    serving.start()
+    try:
+        start = time.monotonic()
+        assert remote(nodes, step_timeout_s=20).generate(
+            [[1]], Sampling(max_tokens=1), version=0
+        ) == [[rollout]]
+        assert time.monotonic() - start > 1.6, "the link is not slow"
+    finally:
+        done.set()
+        serving.join()
 
 
 def test_a_node_that_never_comes_is_a_timeout_that_says_so(nodes):
