@@ -201,6 +201,7 @@ def _start_rank_0(
     """Check all that the user gave, before anything is written or started; then start sampling."""
     _check_model(config)
     prompts = Prompts(config)
+    stack.enter_context(folder.claim())
     setup_logging(0, folder.log(0))
     folder.write_versions()
     note_machine(folder.machine, config.tracking.machine, _gpu_name())

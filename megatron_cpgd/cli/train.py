@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
@@ -71,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         ],
     )
     if code == USER_ERROR and not existed and not _has_rows(folder.metrics):
-        shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs
+        with suppress(ConfigError), folder.claim():  # another run may have come first
+            shutil.rmtree(folder.dir)  # refused before the first step: nothing but logs
     remove_stale_arenas()  # of a rank 0 that was killed
     return code
 
@@ -82,7 +84,14 @@ def _has_rows(metrics: Path) -> bool:
 
 def _check_run_folder(config: ExperimentConfig) -> None:
     from megatron_cpgd.config.resume import check_resume
+    from megatron_cpgd.tracking.run_folder import RunFolder
 
     problems = check_resume(config, config.run.dir)
+    done, steps = RunFolder(config.run.dir).done, config.run.steps
+    if done > steps:
+        problems.append(
+            f"run.steps={steps}: this run is behind step {done} already; set run.steps to at least "
+            f"{done}"
+        )
     if problems:
         raise ConfigError("\n  ".join([f"run.dir={config.run.dir} cannot be resumed:", *problems]))

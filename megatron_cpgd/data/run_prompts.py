@@ -1,6 +1,9 @@
 """The prompts of a run, for training and for evaluation, and the tokens that end a response."""
 
 import json
+import zlib
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ class Prompts:
             config.rollout.prompts_per_step,
             seed=config.run.seed,
             shuffle=config.data.shuffle,
+            checksum=checksum(self.train),
         )
 
     def _load(self, config: ExperimentConfig, path: Path) -> list[Prompt]:
@@ -45,6 +49,14 @@ class Prompts:
             max_prompt_tokens=data.max_prompt_tokens,
             too_long=data.too_long,
         )
+
+
+def checksum(prompts: Sequence[Prompt]) -> int:
+    """CRC-32 of the tokens of all prompts, in order."""
+    crc = 0
+    for prompt in prompts:
+        crc = zlib.crc32(array("q", [len(prompt.token_ids), *prompt.token_ids]), crc)
+    return crc
 
 
 def find_stop_tokens(tokenizer: Any, model_dir: Path) -> list[int]:

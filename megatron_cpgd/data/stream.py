@@ -20,13 +20,16 @@ class PromptStream:
     _order: list[int]
     """Prompts of this epoch."""
 
-    def __init__(self, num_prompts: int, batch_size: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, num_prompts: int, batch_size: int, *, seed: int, shuffle: bool, checksum: int = 0
+    ) -> None:
         """
         Args:
             num_prompts: size of the data set; batches hold 0 .. num_prompts - 1.
             batch_size: prompts per batch, at most `num_prompts`.
             seed: of the order.
             shuffle: False draws the data in file order.
+            checksum: of the data, which a resumed stream must have again.
 
         Raises:
             DataError: fewer prompts than a batch needs.
@@ -40,6 +43,7 @@ class PromptStream:
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
+        self._checksum = checksum
         self._rewind()
 
     def next_batch(self) -> list[int]:
@@ -65,7 +69,8 @@ class PromptStream:
         Raises:
             DataError: the state belongs to other data or another order.
         """
-        saved = {key: state.get(key) for key in self._identity()}
+        # A checkpoint of an earlier version has no checksum.
+        saved = {key: state.get(key, value) for key, value in self._identity().items()}
         if saved != self._identity():
             raise DataError(
                 f"the saved prompt stream has {saved}, this run has {self._identity()}; resume "
@@ -81,6 +86,7 @@ class PromptStream:
             "batch_size": self._batch_size,
             "seed": self._seed,
             "shuffle": int(self._shuffle),
+            "checksum": self._checksum,
         }
 
     def _rewind(self) -> None:

@@ -31,7 +31,7 @@ def test_the_output_folder_is_complete(complete_run):
     names = {path.name for path in complete_run.dir.iterdir()}
     assert names == {
         "config.yaml", "machine.yaml", "versions.json", "metrics.jsonl", "learning_curve.png",
-        "rollouts", "checkpoints", "hf", "logs",
+        "rollouts", "checkpoints", "hf", "logs", "run.lock",
     }  # fmt: skip
     saved = [f"step_{step:06d}" for step in (2, 4, 6)]
     assert sorted(path.name for path in (complete_run.dir / "hf").iterdir()) == saved

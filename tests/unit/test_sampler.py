@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.data.run_prompts import Prompts
+from megatron_cpgd.data.run_prompts import Prompts, checksum
 from megatron_cpgd.demo.tokenizer import build_tokenizer
-from megatron_cpgd.errors import RolloutError
+from megatron_cpgd.errors import DataError, RolloutError
 from megatron_cpgd.rollout.engine import RefreshReport, Sampling, stream_seeds
 from megatron_cpgd.sampler import Sampler
 from megatron_cpgd.scored_batch import ScoredBatch, batch_metrics, train_sequences
 from megatron_cpgd.tracking.timer import StepTimer
-from megatron_cpgd.types import Rollout, RouteLayout, Routes
+from megatron_cpgd.types import Prompt, Rollout, RouteLayout, Routes
 from tests.helpers.tiny import save_tiny_model
 
 PROMPTS = 5
@@ -97,13 +97,14 @@ def start(assets) -> Iterator:
     with ExitStack() as stack:
 
         def build(
-            script, per_step=2, model=assets, routing_every=None, piece_tokens=None, **algorithm
-        ):
+            script, per_step=2, model=assets, data=assets, routing_every=None, piece_tokens=None,
+            **algorithm,
+        ):  # fmt: skip
             config = ExperimentConfig.model_validate(
                 {
                     "run": {"dir": "unused", "steps": 1, "seed": 3},
                     "model": {"path": model, "tokenizer": assets},
-                    "data": {"path": assets / "train.jsonl"},
+                    "data": {"path": data / "train.jsonl"},
                     "rollout": {
                         "prompts_per_step": per_step,
                         "samples_per_prompt": G,
@@ -316,6 +317,24 @@ def test_without_refills_the_streams_are_those_of_the_step_number(start):
         sample(sampler, version=step - 1)
     # (seed << 40) + step * P * G + response, seed 3, P * G = 4
     assert engine.seeds == [[(3 << 40) + step * 4 + i for i in range(4)] for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("others", [[[1, 2], [3]], [[3], [1, 2]], [[1], [2, 3]], [[1, 2], [4]]])
+def test_training_prompts_have_one_checksum_in_their_order(others):
+    def prompts(ids: list[list[int]]) -> list[Prompt]:
+        return [Prompt(id="", token_ids=tokens, text="", answer=None) for tokens in ids]
+
+    one = prompts([[1, 2], [3]])
+    assert (checksum(prompts(others)) == checksum(one)) == (others == [[1, 2], [3]])
+
+
+def test_a_resumed_run_refuses_other_prompts(start, assets, tmp_path):
+    _, _, stream = start([])
+    rows = (assets / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(reversed(rows)))
+    _, _, other = start([], data=tmp_path)
+    with pytest.raises(DataError, match="the saved prompt stream has"):
+        other.load_state(stream.state())
 
 
 def test_a_resumed_run_draws_the_same_prompts_and_streams(start):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from megatron_cpgd.cli import main
 from megatron_cpgd.errors import RolloutError
+from megatron_cpgd.tracking.run_folder import RunFolder
 
 
 def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -99,6 +101,31 @@ def test_train_refuses_the_folder_of_another_run(run_yaml, capsys):
     message = capsys.readouterr().err
     assert "optim.lr: the run in" in message
     assert "use another run.dir" in message
+
+
+def test_train_refuses_to_end_before_the_step_where_the_run_is(run_yaml, capsys):
+    checkpoints = run_yaml.parent / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("step_000009\n")
+    assert main(["train", str(run_yaml), "run.steps=8"]) == 2
+    message = capsys.readouterr().err
+    assert "run.steps=8: this run is behind step 9 already; set run.steps to at least 9" in message
+
+
+def test_a_refused_start_does_not_remove_the_folder_that_another_run_has_made_meanwhile(
+    run_yaml, monkeypatch
+):
+    monkeypatch.setattr("megatron_cpgd.tracking.run_folder.END_S", 0.0)
+    folder = RunFolder(run_yaml.parent / "run")
+    with ExitStack() as stack:
+
+        def refuse(*_: object, **__: object) -> int:
+            stack.enter_context(folder.claim())
+            return 2
+
+        monkeypatch.setattr("megatron_cpgd.launch.launch_ranks", refuse)
+        assert main(["train", str(run_yaml)]) == 2
+        assert folder.dir.exists()
 
 
 def test_train_starts_itself_once_for_each_rank_and_the_engine_nodes(run_yaml, monkeypatch):

@@ -65,10 +65,10 @@ def test_resumed_stream_continues_identically(options, before, after):
 
 
 def test_state_holds_integers_only():
-    stream = PromptStream(5, 2, seed=3, shuffle=True)
+    stream = PromptStream(5, 2, seed=3, shuffle=True, checksum=9)
     stream.next_batch()
     assert stream.state() == {
-        "batches": 1, "num_prompts": 5, "batch_size": 2, "seed": 3, "shuffle": 1
+        "batches": 1, "num_prompts": 5, "batch_size": 2, "seed": 3, "shuffle": 1, "checksum": 9
     }  # fmt: skip
     assert all(type(value) is int for value in stream.state().values())
 
@@ -84,7 +84,9 @@ def test_order_differs_between_epochs_and_between_seeds():
     assert first != list(range(50))
 
 
-@pytest.mark.parametrize("change", [{"num_prompts": 6}, {"batch_size": 1}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "change", [{"num_prompts": 6}, {"batch_size": 1}, {"seed": 1}, {"checksum": 1}]
+)
 def test_state_of_another_stream_is_refused(change):
     options = {"num_prompts": 5, "batch_size": 2, "seed": 0}
     state = PromptStream(**options, shuffle=True).state()

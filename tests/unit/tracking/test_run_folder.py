@@ -1,7 +1,14 @@
 import importlib.metadata
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.tracking import run_folder
 from megatron_cpgd.tracking.run_folder import RunFolder
 
 
@@ -22,7 +29,10 @@ def test_checkpoints_are_listed_by_step_without_unfinished_ones(tmp_path):
         folder.checkpoint(step).mkdir(parents=True)
     (folder.checkpoints / "step_000030.partial").mkdir()
     (folder.checkpoints / "latest").write_text("step_000020")
+    for kept_aside in ("step_000020_best", "step_000100_2", "step_good"):
+        (folder.checkpoints / kept_aside).mkdir()
     assert folder.checkpoint_steps() == [3, 20, 1_000_000]
+    assert folder.done == 20
 
 
 def test_versions_are_those_that_are_installed(tmp_path):
@@ -35,3 +45,51 @@ def test_versions_are_those_that_are_installed(tmp_path):
         assert versions[name], name
     assert all(isinstance(value, str) for value in versions.values())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["versions.json"]
+
+
+HOLDER = """
+import socket, sys
+from pathlib import Path
+from megatron_cpgd.tracking.run_folder import RunFolder
+socket.gethostname = lambda: sys.argv[2]
+with RunFolder(Path(sys.argv[1])).claim():
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Start another process that claims the folder, on a host of that name."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(host: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), host]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        assert started[-1].stdout.readline() == "claimed\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# The lock of a host that has died stays for some time, that of a process on this one does not.
+@pytest.mark.parametrize(("host", "grace"), [(socket.gethostname(), "END_S"), ("far", "LEASE_S")])
+def test_a_second_run_is_refused_as_long_as_the_first_one_lives(
+    tmp_path, holder, monkeypatch, host, grace
+):
+    for name in ("END_S", "LEASE_S"):
+        monkeypatch.setattr(run_folder, name, 0.3 if name == grace else 60.0)
+    first = holder(host)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"another run writes .*\({host}, process {first.pid}\)"):
+        folder.claim().__enter__()
+    first.kill()
+    monkeypatch.setattr(run_folder, grace, 60.0)
+    with folder.claim():
+        pass
+    with folder.claim():
+        pass
