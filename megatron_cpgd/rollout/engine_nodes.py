@@ -49,11 +49,13 @@ class _Node:
     log_path: Path
     log_start: int
     address: bytes | None = None
-    """None before its Hello."""
+    """Of its latest Hello; None before, and when it is gone."""
+    joined: bool = False
+    """Whether it has answered the Welcome."""
     silent: int = 0
     """Pulses of ours since its last message."""
     waiting: list[ToNode] = field(default_factory=list)
-    """What to send after its Hello."""
+    """What to send when it has joined."""
     parts: bytearray = field(default_factory=bytearray)
     """Of a message whose end has not come yet."""
     answers: dict[int, Response] = field(default_factory=dict)
@@ -173,7 +175,7 @@ class EngineNodes:
             while (value := take(node)) is None:
                 self._check(what)
                 if time.monotonic() > deadline:
-                    reason = "has not answered" if node.address else "has not connected"
+                    reason = "has not answered" if node.joined else "has not connected"
                     raise RolloutError(
                         f"{what}: {node.name} {reason} within {limit_s:g} s{_log_tail(node)}"
                     )
@@ -227,6 +229,8 @@ class EngineNodes:
                 self._greet(address, msgspec.msgpack.decode(part, type=Hello))
             return
         node.silent = 0
+        if not node.joined:
+            self._let_in(node)
         node.parts += part
         if mark == MORE:
             return
@@ -244,20 +248,29 @@ class EngineNodes:
 
     def _greet(self, address: bytes, hello: Hello) -> None:
         node = self._nodes[hello.node] if hello.node < len(self._nodes) else None
-        if node is None or node.address is not None:
+        if node is None or node.joined:
             logger.warning("refused a second or unknown %s", hello)
             return
-        node.address = address
+        # One that has not answered may have given up: this process can be slow to welcome it.
+        node.address, node.silent = address, 0
         node.name = f"engine node {hello.node} on {hello.host}"
+        self._post(node, Welcome())
+
+    def _let_in(self, node: _Node) -> None:
+        node.joined = True
         logger.info("%s is connected", node.name)
-        self._send(node, Welcome())
         for message in node.waiting:
-            self._send(node, message)
+            self._post(node, message)
         node.waiting.clear()
 
     def _send(self, node: _Node, message: ToNode) -> None:
-        if node.address is None:
+        if node.joined:
+            self._post(node, message)
+        else:
             node.waiting.append(message)
+
+    def _post(self, node: _Node, message: ToNode) -> None:
+        if node.address is None:
             return
         try:
             self._router.send_multipart([node.address, msgspec.msgpack.encode(message)])
@@ -267,7 +280,7 @@ class EngineNodes:
     def _watch(self, node: _Node) -> None:
         if node.address is None:
             return
-        self._send(node, Pulse())
+        self._post(node, Pulse())
         node.silent += 1
         # Counted, not read from a clock: a run that was suspended as a whole has lost nobody.
         if node.silent * PULSE_S > SILENCE_S:
@@ -275,7 +288,7 @@ class EngineNodes:
 
     def _lose(self, node: _Node, reason: str) -> None:
         node.address = None
-        if self._closed or self._failure:
+        if self._closed or self._failure or not node.joined:
             return
         with self._changed:
             self._failure = RolloutError(f"{node.name} is lost: {reason}{_log_tail(node)}")

@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from megatron_cpgd.errors import RolloutError
-from megatron_cpgd.rollout.node_messages import FromNode, Hello, ToNode, Welcome
+from megatron_cpgd.rollout.node_messages import FromNode, Hello, Pulse, ToNode, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class NodeChannel:
         self._poller.poll(int(wait_s * 1000))
         try:
             for message in self._outbox.take_all():
-                for part in split(msgspec.msgpack.encode(message)):
-                    self._socket.send_multipart(part, zmq.NOBLOCK)
+                _send(self._socket, message, zmq.NOBLOCK)
         except zmq.Again as error:
             raise RolloutError("the connection to rank 0 broke: it has ended") from error
         received = []
@@ -116,12 +115,12 @@ class NodeChannel:
         self._socket.context.destroy(linger=2000)
 
 
-def split(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Parts of a node's message, each with a mark: LAST or MORE."""
-    view = memoryview(content)
-    for start in range(0, len(view), PART_BYTES):
+def _send(socket: "zmq.Socket[bytes]", message: FromNode, flags: int = 0) -> None:
+    """Send a message of a node in parts, each with a mark: LAST or MORE."""
+    content = memoryview(msgspec.msgpack.encode(message))
+    for start in range(0, len(content), PART_BYTES):
         end = start + PART_BYTES
-        yield (LAST if end >= len(view) else MORE), view[start:end]
+        socket.send_multipart([LAST if end >= len(content) else MORE, content[start:end]], flags)
 
 
 def connect(key_file: Path, hello: Hello, limit_s: float) -> tuple[NodeChannel, Access]:
@@ -159,10 +158,10 @@ def _try(access: Access, hello: Hello) -> "zmq.Socket[bytes] | None":
     socket.sndtimeo = _WELCOME_MS
     with suppress(zmq.ZMQError):  # zmq.Again: nobody there; others: the name does not resolve yet
         socket.connect(f"tcp://{access.host}:{access.port}")
-        [part] = split(msgspec.msgpack.encode(hello))
-        socket.send_multipart(part)
+        _send(socket, hello)
         if socket.poll(_WELCOME_MS):
             assert msgspec.msgpack.decode(socket.recv(), type=ToNode) == Welcome()
+            _send(socket, Pulse())
             return socket
     context.destroy(linger=0)
     return None

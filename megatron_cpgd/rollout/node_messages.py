@@ -13,7 +13,7 @@ class Hello(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, tag=True):
-    """Rank 0 knows the node."""
+    """Rank 0 knows the node, which answers with a Pulse."""
 
 
 class Pulse(msgspec.Struct, tag=True):

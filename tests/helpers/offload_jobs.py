@@ -22,6 +22,7 @@ def away_between_steps_job(
     offload.PIECE_BYTES = 1000
     policy = build_policy(config)
     policy.release()
+    policy.release()  # is away already
     policy.reload()
     logprobs = policy.compute_logprobs(sequences)
     grad_norms, held = [], []

@@ -1,24 +1,34 @@
 """The metrics of a step from those of its optimizer steps, and the clip range of one of them."""
 
+import math
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_cpgd import train
 from megatron_cpgd.config.algorithm import AlgorithmConfig
+from megatron_cpgd.errors import WeightSyncError
+from megatron_cpgd.guard import ROLLED_BACK_TO
 from megatron_cpgd.policy.policy import StepResult
-from megatron_cpgd.train import _mean_metrics, _settle_clip
+from megatron_cpgd.tracking.timer import StepTimer
+from megatron_cpgd.train import _mean_metrics, _set_old_logprobs, _settle_clip
 from megatron_cpgd.types import TrainSequence
+from tests.helpers.tiny import tiny_config
 
 
-def result(skipped: str | None = None, grad_norm: float = 1.0, **metrics: float) -> StepResult:
+def result(
+    skipped: str | None = None, grad_norm: float = 1.0, rate: float = 0.5, **metrics: float
+) -> StepResult:
     named = {f"policy/{name}": value for name, value in metrics.items()}
-    return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=0.5, metrics=named)
+    return StepResult(skipped=skipped, grad_norm=grad_norm, learning_rate=rate, metrics=named)
 
 
 def test_means_are_taken_and_extremes_stay_extremes():
     steps = [
-        result(grad_norm=1.0, ratio_mean=1.0, ratio_max=3.0, ratio_min=0.5),
+        result(grad_norm=1.0, rate=0.25, ratio_mean=1.0, ratio_max=3.0, ratio_min=0.5),
         result(grad_norm=3.0, ratio_mean=2.0, ratio_max=2.0, ratio_min=0.1),
     ]
     assert _mean_metrics(steps) == {
@@ -57,19 +67,54 @@ def test_a_metric_that_one_step_lacks_is_the_mean_of_the_others(order):
     assert metrics["policy/loss"] == 0.5 and metrics["policy/entropy"] == 0.7
 
 
+def one_response(old_logprob: float | None = None, **changes: Any) -> TrainSequence:
+    """Of one token, which the engine gave the log-prob -1."""
+    old = None if old_logprob is None else torch.full((1,), old_logprob)
+    one = {"prompt_ids": torch.tensor([1]), "response_ids": torch.tensor([2])}
+    plain = {"group": 0, "rollout_logprobs": -torch.ones(1), "advantage": 1.0, "truncated": False}
+    return TrainSequence(**{**one, **plain, "old_logprobs": old, **changes})
+
+
+@pytest.mark.parametrize(("logprob", "stops"), [(-1.05, False), (-1.2, True), (math.nan, True)])
+def test_a_log_prob_gap_above_the_limit_stops_the_run_and_so_does_nan(tmp_path, logprob, stops):
+    config = tiny_config(tmp_path, rollout={"logprob_diff_limit": 0.1})
+    policy = SimpleNamespace(
+        compute_logprobs=lambda batch, compare_with: [torch.full((1,), logprob) for _ in batch]
+    )
+    run = SimpleNamespace(config=config, policy=policy)
+    with pytest.raises(WeightSyncError) if stops else nullcontext():
+        metrics = _set_old_logprobs(run, [one_response()], step=1)
+        assert metrics["rollout/logprob_abs_diff_mean"] == pytest.approx(-1 - logprob)
+
+
+# Of 10 steps, a checkpoint every 4: what is due, the end, a roll back, and a run that must stop.
+@pytest.mark.parametrize(
+    ("step", "metrics", "stops", "saved"),
+    [
+        (4, {}, False, True),
+        (5, {}, False, False),
+        (10, {}, False, True),
+        (5, {ROLLED_BACK_TO: 4}, False, True),  # else a crash brings the given up weights back
+        (5, {}, True, True),
+    ],
+)
+def test_a_step_is_saved_when_it_is_due_and_when_it_must_not_be_lost(
+    tmp_path, monkeypatch, step, metrics, stops, saved
+):
+    written, exported = [], []
+    monkeypatch.setattr(train, "save", lambda run, step: written.append(step))
+    monkeypatch.setattr(train, "export", lambda run, step: exported.append(step))
+    config = tiny_config(tmp_path, run={"dir": "unused", "steps": 10}, checkpoint={"every": 4})
+    run = SimpleNamespace(config=config)
+    assert train._save(run, step, metrics, StepTimer(), stops=stops) == saved
+    assert written == [step] * saved and exported == [step] * (step == 10)
+
+
 # At ratio 1 the kept token has A > 0 alone: the search ends where it starts. The masked ones would
 # make the share 1 / 3, below .4.
 def test_a_balanced_clip_range_looks_only_at_responses_with_loss():
     sequences = [
-        TrainSequence(
-            group=0,
-            prompt_ids=torch.tensor([1]),
-            response_ids=torch.tensor([2]),
-            rollout_logprobs=-torch.ones(1),
-            advantage=advantage,
-            truncated=advantage < 0,
-            old_logprobs=-torch.ones(1),
-        )
+        one_response(-1.0, advantage=advantage, truncated=advantage < 0)
         for advantage in (1.0, -1.0, -1.0)
     ]
     policy = SimpleNamespace(compute_logprobs=lambda batch: [-torch.ones(1) for _ in batch])

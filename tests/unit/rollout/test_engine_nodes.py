@@ -155,6 +155,21 @@ def test_a_second_node_of_the_same_number_is_not_let_in(nodes, key_file, join):
     nodes.check()
 
 
+def test_a_node_that_rank_0_is_slow_to_welcome_asks_again(nodes, join):
+    joined: list[NodeChannel] = []
+    waiting = threading.Thread(target=lambda: joined.append(join(0)))
+    with nodes._changed:  # what holds up rank 0 for longer than the node waits
+        waiting.start()
+        time.sleep(1)
+    waiting.join(10)
+    [channel] = joined
+    order = OpenLinks(host="h", port=1, backend="gloo", ranks=[], timeout_s=1.0)
+    nodes.send(0, order)
+    while order not in channel.exchange(0.1):
+        nodes.check()
+    nodes.check(within_s=0.5)
+
+
 def test_the_key_file_of_an_earlier_start_leads_nowhere(tmp_path, key_file, join):
     public, secret = (key.decode() for key in zmq.curve_keypair())
     stale = Access(
