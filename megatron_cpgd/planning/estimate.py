@@ -199,7 +199,8 @@ def _step_seconds(
         shard = passes.element * model.parameters / (layout.tp * layout.pp * layout.ep)
         reference = forward + 4 * shard / machine.pcie
     old_logprobs = workload.forward_passes * forward
-    hidden = old_logprobs + reference + training.total if workload.overlap else 0.0
+    train = training.total + workload.live_passes * forward
+    hidden = old_logprobs + reference + train if workload.overlap else 0.0
     moved = 0.0
     if workload.trainer.offloads:
         moved = max(stage.weights + stage.optimizer for stage in stages) / machine.pcie
@@ -208,7 +209,7 @@ def _step_seconds(
         reload=moved,
         old_logprobs=old_logprobs,
         ref_logprobs=reference,
-        train=training.total,
+        train=train,
         sync=_sync_seconds(model, layout, machine, workload.engine) + moved,
         other=machine.efficiency.other_s,
     )

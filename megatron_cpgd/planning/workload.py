@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpgd.config.algorithm import BalancedClip
+from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip, LogRatioTerm
 from megatron_cpgd.config.schema import ExperimentConfig, PrecisionConfig
 from megatron_cpgd.planning.activations import passes_of
 from megatron_cpgd.planning.fp8 import Fp8
@@ -36,11 +36,13 @@ class Workload:
     """Of the passes with gradient, all mini-batches together."""
     logprob_micro_tokens: int
     forward_passes: float
-    """Passes without gradient over the whole batch, with the policy's weights."""
+    """Passes without gradient over the whole batch, with the policy's weights, before training."""
     updates: int
     """Optimizer steps."""
     epochs: int
     routes: bool
+    live_passes: int = 0
+    """The same between optimizer steps."""
     overlap: bool = False
     """Batches are sampled while the trainer works."""
 
@@ -78,8 +80,6 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
     known = lengths.prompt + lengths.response if lengths.longest else longest
     per_rank = math.ceil(sequences / algorithm.mini_batches / config.parallel.dp * known)
     micro_tokens = max(min(batch.tokens_per_micro_batch, per_rank), longest)
-    forward = float(algorithm.old_policy == "trainer")
-    forward += algorithm.epochs if isinstance(algorithm.clip, BalancedClip) else 0
     return Workload(
         requests=Requests(
             prompts=rollout.prompts_per_step,
@@ -106,12 +106,20 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
             micro_tokens=batch.tokens_per_micro_batch,
         ),
         logprob_micro_tokens=batch.tokens_per_logprob_batch or 2 * batch.tokens_per_micro_batch,
-        forward_passes=forward,
+        forward_passes=float(algorithm.old_policy == "trainer"),
+        live_passes=_live_passes(algorithm),
         updates=updates,
         epochs=algorithm.epochs,
         routes=algorithm.routing_replay != "none",
         overlap=rollout.overlap,
     )  # fmt: skip
+
+
+def _live_passes(algorithm: AlgorithmConfig) -> int:
+    """For a clip range that is searched, and for the weights of epochs after the first."""
+    searches = algorithm.epochs if isinstance(algorithm.clip, BalancedClip) else 0
+    weighs = algorithm.epochs - 1 if isinstance(algorithm.policy, LogRatioTerm) else 0
+    return searches + weighs
 
 
 def _fp8_settings(precision: PrecisionConfig) -> Fp8 | None:

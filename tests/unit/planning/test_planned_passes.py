@@ -1,0 +1,36 @@
+"""Passes without gradient between optimizer steps, which count as training."""
+
+import pytest
+
+from megatron_cpgd.config.load import load_config
+from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.machine import GPUS
+from megatron_cpgd.planning.workload import assumed_lengths
+from tests.helpers.planning import MODELS, public_model
+
+RATIO = "algorithm.policy={type: ratio}"
+BALANCED = "algorithm={preset: bapo, mini_batches: 4}"
+
+
+def plan_of(*overrides: str) -> Plan:
+    recipe = MODELS.parent / "cpgd-qwen3-8b-1n8g-tp2.yaml"
+    config = load_config(recipe, list(overrides), MODELS / "Qwen3-8B")
+    return make_plan(public_model("Qwen3-8B"), config, GPUS["h100"], assumed_lengths(config))
+
+
+# CPGD weighs every epoch but the first by the policy at its start; BAPO looks at the live policy
+# before each optimizer step, which is once around the batch in an epoch.
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (["algorithm.epochs=1"], 0),
+        (["algorithm.epochs=3"], 2),
+        (["algorithm.epochs=3", RATIO], 0),
+        ([BALANCED, "algorithm.epochs=2"], 2),
+    ],
+)
+def test_passes_that_an_objective_adds_are_predicted_in_the_time_of_training(overrides, passes):
+    plan = plan_of(*overrides)
+    forward = plan.seconds.old_logprobs  # one pass
+    assert forward == plan_of().seconds.old_logprobs > 0
+    assert plan.seconds.train - plan.training.total == pytest.approx(passes * forward)
