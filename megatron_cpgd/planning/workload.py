@@ -110,7 +110,7 @@ def workload_of(config: ExperimentConfig, machine: Machine, lengths: Lengths) ->
         live_passes=_live_passes(algorithm),
         updates=updates,
         epochs=algorithm.epochs,
-        routes=algorithm.routing_replay != "none",
+        routes=algorithm.routing_replay != "none" or config.tracking.routing_every is not None,
         overlap=rollout.overlap,
     )  # fmt: skip
 
