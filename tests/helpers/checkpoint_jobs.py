@@ -44,17 +44,23 @@ class _BrokenObjective(Objective):
 
 
 def broken_step_job(
-    config: ExperimentConfig, sequences: list[LossSequence], before: Path, after: Path
-) -> list[str | None]:
-    """A step with a gradient of NaN between two good ones; weights around the broken one."""
+    config: ExperimentConfig, sequences: list[LossSequence], folder: Path
+) -> tuple[list[str | None], int]:
+    """A step with a gradient of NaN between two good ones; weights around the broken one, in the
+    end, and after the good steps alone. Returns what was skipped, and the clock."""
     policy = build_policy(config)
     broken = _BrokenObjective(config=OBJECTIVE.config)
     skipped = [policy.train_step(sequences, OBJECTIVE).skipped]
-    write_weights(policy, before)
+    write_weights(policy, folder / "before")
     skipped.append(policy.train_step(sequences, broken).skipped)
-    write_weights(policy, after)
+    write_weights(policy, folder / "after")
     skipped.append(policy.train_step(sequences, OBJECTIVE).skipped)
-    return skipped
+    write_weights(policy, folder / "end")
+    undisturbed = build_policy(config)
+    for _ in range(2):
+        undisturbed.train_step(sequences, OBJECTIVE)
+    write_weights(undisturbed, folder / "undisturbed")
+    return skipped, policy.optimizer_steps
 
 
 class _PoisonedRank(Objective):
