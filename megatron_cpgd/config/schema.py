@@ -29,7 +29,7 @@ class RunConfig(Config):
     steps: int = Field(gt=0)
     """Rollout steps; each generates, scores, trains and refreshes the engine once."""
     seed: int = Field(0, ge=0, lt=1_000_000)
-    """Seed of the prompt order, the sampling and the dropout streams."""
+    """Seed of the prompt order and the sampling; nothing else is random."""
 
 
 class ModelConfig(Config):
