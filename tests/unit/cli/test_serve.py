@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
+from megatron_cpgd import serve
 from megatron_cpgd.cli import main
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.errors import ConfigError, RolloutError
 from megatron_cpgd.rollout import start
+from megatron_cpgd.rollout.node_messages import Hello, Pulse
+from megatron_cpgd.tracking.run_folder import RunFolder
 from tests.helpers.valid_run import write_run
 
 
@@ -32,6 +36,30 @@ def test_a_node_that_rank_0_does_not_let_in_says_what_it_waited_for(run_yaml):
     assert result.returncode == 3
     assert "rank 0 has not let it in within 0.1 s (rollout.start_timeout_s)" in result.stderr
     assert "engine_nodes.key, on a file system that all nodes share" in result.stderr
+
+
+def test_a_node_leaves_when_rank_0_is_silent_and_not_before(run_yaml, tmp_path, monkeypatch):
+    class Channel:
+        """Rank 0 sends 20 pulses and no more."""
+
+        pulses = 0
+
+        def exchange(self, wait_s: float) -> list[Pulse]:
+            time.sleep(wait_s)
+            self.pulses += 1
+            return [Pulse()] if self.pulses <= 20 else []
+
+        def send(self, message: Pulse) -> None:
+            pass
+
+    monkeypatch.setattr(serve, "PULSE_S", 0.01)
+    monkeypatch.setattr(serve, "SILENCE_S", 0.05)
+    monkeypatch.setattr(serve, "_start_thread", lambda *_: None)
+    config, channel = load_config(run_yaml, ["rollout.nodes=1"]), Channel()
+    node = serve._Server(config, RunFolder(tmp_path), Hello(node=0, host="here"), channel)
+    with pytest.raises(RolloutError, match=r"rank 0 has been silent for 0\.05 s"):
+        node.run()
+    assert channel.pulses > 20
 
 
 def test_an_engine_elsewhere_is_refused_where_engines_start_on_this_machine(run_yaml, tmp_path):
