@@ -109,6 +109,17 @@ def test_a_step_that_takes_too_long_is_given_up(process, number, advanced, code)
     assert "did not end within checkpoint.stop_within_s=0.3" in err
 
 
+def test_a_run_gives_up_what_it_can_do_without_when_half_of_the_time_is_over(process):
+    lines = (
+        UNTIL_ASKED,
+        "print(stop.late, 5 < stop.late_at - time.monotonic() <= 15, flush=True)",
+        "stop.late_at -= 15",
+        "print(stop.late, flush=True)",
+    )
+    code, out, err = process("\n        ".join(lines), signal.SIGUSR1, within_s=30.0)
+    assert (code, out) == (0, "False True\nTrue\nleft True\n"), err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
 def test_without_work_there_is_nothing_to_wait_for(process, number, code):
     returned, _, err = process("time.sleep(20)", number, has_work=False)
