@@ -17,7 +17,16 @@ from megatron_cpgd.rollout.engine import Sampling
 from megatron_cpgd.rollout.engine_nodes import EngineNodes
 from megatron_cpgd.rollout.messages import Failed, Generated, Ready, Refreshed
 from megatron_cpgd.rollout.node_channel import Access, NodeChannel, connect, write_access
-from megatron_cpgd.rollout.node_messages import Answer, Ask, Hello, Leave, Left, OpenLinks, Pulse
+from megatron_cpgd.rollout.node_messages import (
+    Answer,
+    Ask,
+    Hello,
+    Leave,
+    Left,
+    OpenLinks,
+    Pulse,
+    Receive,
+)
 from megatron_cpgd.rollout.remote_engine import RemoteEngine
 from megatron_cpgd.types import Rollout, RouteLayout, Routes
 
@@ -163,7 +172,7 @@ def test_a_node_that_rank_0_is_slow_to_welcome_asks_again(nodes, join):
         time.sleep(1)
     waiting.join(10)
     [channel] = joined
-    order = OpenLinks(host="h", port=1, backend="gloo", ranks=[], timeout_s=1.0)
+    order = Receive(version=1)
     nodes.send(0, order)
     while order not in channel.exchange(0.1):
         nodes.check()
