@@ -82,7 +82,7 @@ if [[ $dry_run == 1 ]]; then
   comm -13 <(sort <<<"$before") <(export -p | sort) | sed 's/^declare -x /  /'
   # Of all that a plan says, only whether it fits. It fails if it does not, or without torch.
   plan=$("${cli[@]}" plan "--nodes=$nodes" "$@" 2>&1) || true
-  verdict=$(sed -nE 's/^(warning|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
+  verdict=$(sed -nE 's/^(warning|tight|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
   printf 'plan:\n%s\n' "${verdict:-  none: ${plan##*$'\n'}}"
   echo "submit:"
   submit=("--nodes=$nodes" "$root/slurm/train_cpgd.sh" "$@")

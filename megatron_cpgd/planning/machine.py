@@ -71,6 +71,9 @@ class Efficiency:
     """Of each rank, in no formula: context, communicators, workspaces of libraries."""
     sleeping_engine: int = 2 * GIB
     """Of an engine that sleeps, on each of its GPUs: context, communicators, CUDA graphs."""
+    receiver_memory: int = GIB
+    """Of a process that receives weights, on its GPU of an engine node, beside its buckets: context
+    and communicators. Assumed."""
     fragmentation: float = 0.05
     """Share of activations that the allocator loses."""
     usable: float = 0.95
