@@ -68,7 +68,6 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a plan or a table of layouts, and write a machine file if asked to."""
     from megatron_cpgd.config.load import load_config
-    from megatron_cpgd.planning.machine import find_machine
     from megatron_cpgd.planning.model import read_model
     from megatron_cpgd.planning.search import Planner
     from megatron_cpgd.planning.workload import assumed_lengths
@@ -84,13 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
         model=read_model(hf),
         hf=hf,
         config=config,
-        machine=machine or find_machine(arguments.machine or config.tracking.machine or "h100"),
+        machine=machine or _machine(arguments.machine, config.tracking.machine),
         lengths=assumed_lengths(config, arguments.response_tokens),
         nodes=arguments.nodes,
     )
     if arguments.search:
         return _search(planner, arguments)
     return _plan(planner, as_json=arguments.json)
+
+
+def _machine(given: str | None, configured: str | None) -> "Machine":
+    from megatron_cpgd.planning.machine import find_machine
+
+    if given is None and configured is not None:
+        return find_machine(configured, "tracking.machine:")
+    return find_machine("h100" if given is None else given)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
