@@ -28,10 +28,8 @@ def adopt_step(environment: MutableMapping[str, str]) -> None:
     Raises:
         ConfigError: the ranks could not meet: the port is taken, or the host is unknown.
     """
-    if "RANK" in environment:
-        return _check_rank(environment)
     tasks = read_number(environment, "SLURM_STEP_NUM_TASKS", "0")
-    if not tasks or (tasks == 1 and "MASTER_ADDR" not in environment):
+    if "RANK" in environment or not tasks or (tasks == 1 and "MASTER_ADDR" not in environment):
         return
     place = rank_place(environment)
     for name, value in place.items():
@@ -62,7 +60,11 @@ def read_number(environment: Mapping[str, str], name: str, default: str = "") ->
     return int(value)
 
 
-def _check_rank(environment: Mapping[str, str]) -> None:
+def check_rank(environment: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ConfigError: what a launcher sets for a rank is missing, or contradicts itself.
+    """
     rank, world = (read_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     if rank >= world:
         raise ConfigError(

@@ -202,12 +202,9 @@ def estimate(
             workload.batch.tokens, workload.batch.length
         ),
     )  # fmt: skip
-    return replace(
-        plan,
-        problems=tuple(_problems(plan)),
-        tight=tuple(_tight(plan)),
-        warnings=tuple(_warnings(plan)),
-    )
+    problems = tuple(_problems(plan))
+    tight = () if problems else tuple(_tight(plan))
+    return replace(plan, problems=problems, tight=tight, warnings=tuple(_warnings(plan)))
 
 
 def _step_seconds(
@@ -367,8 +364,6 @@ def _cpu_memory(plan: Plan) -> int:
 def _tight(plan: Plan) -> Iterator[str]:
     """The fullest first. Of a GPU that engines have alone they take what they are told to: there
     the KV cache is what may be too small."""
-    if plan.problems:
-        return
     machine, share, waits = plan.machine, plan.fullest, plan.unbounded.total
     if machine.accelerator:
         when = f" while {share.phase}" if plan.workload.engine.sleeps else ""

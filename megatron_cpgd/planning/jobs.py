@@ -26,7 +26,9 @@ def search_jobs(planner: Planner, gpus: int) -> list[Candidate]:
     found = search_layouts(planner, gpus, list(_beside(planner, gpus)))
     if gpus <= machine.gpus_per_node and gpus % 2 == 0:
         half = gpus // 2
-        found += search_layouts(planner, half, list(_engines(planner, half, gpus)))
+        engines = _fastest(planner, [_awake(planner) | each for each in _engines(half, gpus)])
+        if engines is not None:
+            found += search_layouts(planner, half, [engines])
     nodes, rest = divmod(gpus, machine.gpus_per_node)
     for count in _shares(nodes) if not rest else []:
         engines = _apart(planner, count)
@@ -37,50 +39,63 @@ def search_jobs(planner: Planner, gpus: int) -> list[Candidate]:
 
 
 def _beside(planner: Planner, gpus: int) -> Iterator[Overrides]:
-    """The engines as they are, if they have no nodes, or as many as the first node has room for;
-    each time also asleep in between."""
+    """The engines as they are, if they have no nodes, awake or asleep in between; and asleep as
+    many as the first node has room for."""
     asleep = TURNS | {"rollout.overlap": False, "rollout.sync": "arena"}
     if not planner.config.rollout.nodes:
         yield {}
         yield asleep
-    for engines in _engines(planner, 0, min(gpus, planner.machine.gpus_per_node)):
-        yield engines
-        yield engines | asleep
+    fastest = _fastest(
+        planner,
+        [engines | asleep for engines in _engines(0, min(gpus, planner.machine.gpus_per_node))],
+    )
+    if fastest is not None:
+        yield fastest
 
 
-def _engines(planner: Planner, first: int, end: int) -> Iterator[Overrides]:
-    """As many as there is room for on these GPUs of the first node, and awake."""
+def _engines(first: int, end: int) -> Iterator[Overrides]:
+    """As many as there is room for on these GPUs of the first node."""
     devices = list(range(first, end))
     for size in _sizes(len(devices)):
         yield {
-            "rollout.nodes": 0, "rollout.sleep": False, "optim.offload": False,
-            "rollout.overlap": _overlaps(planner), ENGINE_SIZE: size,
-            "rollout.engines": len(devices) // size, "rollout.devices": devices,
+            "rollout.nodes": 0, ENGINE_SIZE: size, "rollout.engines": len(devices) // size,
+            "rollout.devices": devices,
         }  # fmt: skip
 
 
 def _apart(planner: Planner, nodes: int) -> Overrides | None:
-    """As many engines as so many nodes have room for, of the size that samples fastest: no layout
-    of the trainer changes that. None: they hold none."""
+    """As many engines as so many nodes have room for; None: they hold none."""
     gpus = planner.machine.gpus_per_node
-    common: Overrides = {
-        "rollout.nodes": nodes, "rollout.devices": None, "rollout.sleep": False,
-        "optim.offload": False, "rollout.overlap": _overlaps(planner), "rollout.sync": "arena",
+    common = _awake(planner) | {
+        "rollout.nodes": nodes, "rollout.devices": None, "rollout.sync": "arena"
+    }  # fmt: skip
+    sizes = [
+        {ENGINE_SIZE: size, "rollout.engines": nodes * (gpus // size)} for size in _sizes(gpus)
+    ]
+    return _fastest(planner, [common | size for size in sizes])
+
+
+def _awake(planner: Planner) -> Overrides:
+    """Engines that share no GPU with the trainer. Batches that are sampled ahead are the same
+    whether or not it works meanwhile."""
+    awake: Overrides = {
+        "rollout.sleep": False, "optim.offload": False,
+        "rollout.overlap": planner.config.rollout.staleness > 0,
     }  # fmt: skip
     if planner.config.rollout.engine_args.get("gpu_memory_utilization"):
-        common |= {UTILIZATION: VLLM_UTILIZATION}
+        awake[UTILIZATION] = VLLM_UTILIZATION
+    return awake
+
+
+def _fastest(planner: Planner, choices: list[Overrides]) -> Overrides | None:
+    """The engines that sample fastest: no layout of the trainer changes that. None: no sequence
+    fits into any of them."""
     found: list[tuple[float, Overrides]] = []
-    for size in _sizes(gpus):
-        engines = common | {ENGINE_SIZE: size, "rollout.engines": nodes * (gpus // size)}
+    for engines in choices:
         plan = planner.plan(engines)
         if plan and plan.engine.cache_tokens >= plan.workload.requests.longest_sequence:
             found.append((plan.generation.total, engines))
     return min(found, key=lambda each: each[0])[1] if found else None
-
-
-def _overlaps(planner: Planner) -> bool:
-    """Batches that are sampled ahead are the same whether or not the trainer works meanwhile."""
-    return planner.config.rollout.staleness > 0
 
 
 def _shares(nodes: int) -> list[int]:

@@ -118,7 +118,7 @@ def search_layouts(
     if engines is None:
         engines = list(_engines(planner))
     found = []
-    for layout in _layouts(planner, gpus):
+    for layout in iter_layouts(planner, gpus):
         fitting = [
             candidate
             for memory in _memory_settings(planner.config)
@@ -134,7 +134,7 @@ def find_nearest(planner: Planner, gpus: int) -> Plan | None:
     """Of all layouts of so many GPUs, with the leanest settings, the one with the fewest problems,
     of these with the least memory; None: there is no layout. For where nothing fits."""
     *_, leanest = _memory_settings(planner.config)
-    plans = [planner.plan(layout | leanest) for layout in _layouts(planner, gpus)]
+    plans = [planner.plan(layout | leanest) for layout in iter_layouts(planner, gpus)]
     found = [plan for plan in plans if plan is not None]
     return min(found, key=lambda plan: (len(plan.problems), plan.fullest.total), default=None)
 
@@ -248,7 +248,7 @@ def _joined(changes: tuple[Overrides, ...]) -> Overrides | None:
     return joined
 
 
-def _layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
+def iter_layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
     decoder, machine = planner.model.decoder, planner.machine
     heads = math.gcd(decoder.heads, decoder.kv_heads)
     experts = decoder.experts.count if decoder.experts else 1
@@ -272,7 +272,7 @@ def _layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
 def _pipelines(planner: Planner) -> list[int]:
     """Stages: divisors of the layers, and powers of two, of which some stages have a layer less."""
     layers, even = planner.model.decoder.layers, planner.config.parallel.vpp > 1
-    powers = [] if even else [2**k for k in range(layers.bit_length() - 1)]
+    powers = [] if even else [2**k for k in range(layers.bit_length())]
     return sorted({*divisors(layers), *powers})
 
 
