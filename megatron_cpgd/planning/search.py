@@ -117,16 +117,18 @@ def search_layouts(
     """
     if engines is None:
         engines = list(_engines(planner))
+
+    def fitting(layout: Overrides, memory: Overrides) -> list[Candidate]:
+        given = (planner.changed(layout | memory | engine) for engine in engines)
+        return [candidate for each in given if (candidate := planner.fitting(each))]
+
+    *others, leanest = _memory_settings(planner.config)
     found = []
     for layout in iter_layouts(planner, gpus):
-        fitting = [
-            candidate
-            for memory in _memory_settings(planner.config)
-            for engine in engines
-            if (candidate := planner.fitting(planner.changed(layout | memory | engine)))
-        ]
-        if fitting:
-            found.append(min(fitting, key=step_seconds))
+        if not (lean := fitting(layout, leanest)):
+            continue  # nor does it with more memory
+        fast = [candidate for memory in others for candidate in fitting(layout, memory)]
+        found.append(min(fast + lean, key=step_seconds))
     return sorted(found, key=step_seconds)
 
 
