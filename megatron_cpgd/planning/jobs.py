@@ -11,7 +11,6 @@ from megatron_cpgd.planning.search import (
     Planner,
     divisors,
     search_layouts,
-    step_seconds,
 )
 from megatron_cpgd.planning.workload import VLLM_UTILIZATION
 
@@ -35,7 +34,7 @@ def search_jobs(planner: Planner, gpus: int) -> list[Candidate]:
         if engines is not None:
             trainer = gpus - count * machine.gpus_per_node
             found += search_layouts(planner, trainer, [engines])
-    return sorted(found, key=step_seconds)
+    return sorted(found, key=_seconds)
 
 
 def _beside(planner: Planner, gpus: int) -> Iterator[Overrides]:
@@ -109,3 +108,8 @@ def _shares(nodes: int) -> list[int]:
 def _sizes(gpus: int) -> list[int]:
     """GPUs of an engine, where there are so many."""
     return [size for size in divisors(gpus) if size & (size - 1) == 0]
+
+
+def _seconds(candidate: Candidate) -> tuple[float, float]:
+    """The step; of equal ones, which wait for sampling, the one that trains faster."""
+    return candidate.plan.seconds.total, candidate.plan.seconds.train

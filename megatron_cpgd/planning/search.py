@@ -128,8 +128,8 @@ def search_layouts(
         if not (lean := fitting(layout, leanest)):
             continue  # nor does it with more memory
         fast = [candidate for memory in others for candidate in fitting(layout, memory)]
-        found.append(min(fast + lean, key=step_seconds))
-    return sorted(found, key=step_seconds)
+        found.append(min(fast + lean, key=_seconds))
+    return sorted(found, key=_seconds)
 
 
 def find_nearest(planner: Planner, gpus: int) -> Plan | None:
@@ -337,9 +337,8 @@ def _cost(candidate: Candidate) -> tuple[int, float]:
     return candidate.plan.gpus, candidate.plan.seconds.total
 
 
-def step_seconds(candidate: Candidate) -> tuple[float, float]:
-    """The step; of equal ones, which wait for sampling, the one that trains faster."""
-    return candidate.plan.seconds.total, candidate.plan.seconds.train
+def _seconds(candidate: Candidate) -> float:
+    return candidate.plan.seconds.total
 
 
 def _yaml(value: Any) -> str:
