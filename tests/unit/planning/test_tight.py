@@ -1,12 +1,13 @@
 """What a plan says to be tight: fits, but only barely."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_cpgd.config.load import load_config, read_config
 from megatron_cpgd.planning.estimate import Plan, make_plan
-from megatron_cpgd.planning.machine import GPUS
+from megatron_cpgd.planning.machine import GIB, GPUS
 from megatron_cpgd.planning.report import as_json, format_plan
 from megatron_cpgd.planning.search import UTILIZATION
 from megatron_cpgd.planning.workload import assumed_lengths
@@ -52,10 +53,20 @@ def test_a_gpu_is_tight_from_nine_tenths_of_what_may_be_filled() -> None:
 
 
 def test_a_host_is_tight_too() -> None:
-    plan = recipe("cpgd-deepseek-v3-32+4n8g-pp16ep16", "DeepSeek-V3", "h200")
-    assert plan.tight == (
-        "host memory of a node of engines: 1921.2 GiB of the 2048.0 GiB that may be filled",
+    name, model = "cpgd-deepseek-v3-32+4n8g-pp16ep16", "DeepSeek-V3"
+    config = load_config(MODELS.parent / f"{name}.yaml", [], MODELS / model)
+    lengths = assumed_lengths(config)
+    plans = [
+        make_plan(
+            public_model(model), config, replace(GPUS["h200"], host_memory=gib * GIB), lengths
+        )
+        for gib in (700, 760)
+    ]
+    # 627 GiB of FP8 weights, eight workers and eight receivers of 3 GiB; nine tenths are 630, 684.
+    assert plans[0].tight == (
+        "host memory of a node of engines: 674.9 GiB of the 700.0 GiB that may be filled",
     )
+    assert plans[1].tight == ()
 
 
 def test_of_what_does_not_fit_nothing_is_tight(tmp_path: Path) -> None:
