@@ -28,13 +28,13 @@ def adopt_step(environment: MutableMapping[str, str]) -> None:
     Raises:
         ConfigError: the ranks could not meet: the port is taken, or the host is unknown.
     """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+    tasks = read_number(environment, "SLURM_STEP_NUM_TASKS", "0")
     if "RANK" in environment or not tasks or (tasks == 1 and "MASTER_ADDR" not in environment):
         return
     place = rank_place(environment)
     for name, value in place.items():
         environment.setdefault(name, value)
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    address, port = environment["MASTER_ADDR"], read_number(environment, "MASTER_PORT")
     interface = find_interface(address, port)
     if interface is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -45,6 +45,35 @@ def adopt_step(environment: MutableMapping[str, str]) -> None:
             f"MASTER_PORT={port} on {socket.gethostname()} is in use (it follows from "
             f"SLURM_JOB_ID={environment.get('SLURM_JOB_ID')}); export another MASTER_PORT"
         )
+
+
+def read_number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    """A variable that srun, torchrun or the user sets.
+
+    Raises:
+        ConfigError: it is not set, or is no number.
+    """
+    value = environment.get(name, default)
+    if not value.isdecimal():
+        found = f"got {value!r}" if name in environment else "it is not set"
+        raise ConfigError(f"environment variable {name}: expected a number, {found}; export it")
+    return int(value)
+
+
+def check_rank(environment: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ConfigError: what a launcher sets for a rank is missing, or contradicts itself.
+    """
+    rank, world = (read_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
+    if rank >= world:
+        raise ConfigError(
+            f"RANK={rank} is not below WORLD_SIZE={world}: ranks are numbered from 0; unset RANK "
+            "to let `megatron-cpgd train` start them itself"
+        )
+    read_number(environment, "MASTER_PORT")
+    if not environment.get("MASTER_ADDR"):
+        raise ConfigError("RANK is set, but MASTER_ADDR is not: export the host of rank 0")
 
 
 def rank_place(environment: Mapping[str, str]) -> dict[str, str]:

@@ -30,6 +30,9 @@ fail() {
   exit 2
 }
 
+[[ -n ${CONTAINER_IMAGE:-} ]] || command -v "${python[0]}" >/dev/null ||
+  fail "no interpreter ${python[0]}: export PYTHON with one that has the project's dependencies"
+
 # A command as it could be typed.
 show() {
   local word line=' '

@@ -33,6 +33,7 @@ source "$root/slurm/common.sh"
 if [[ $1 == report ]]; then
   once "${python[@]}" "$root/tools/scaling_study.py" "$@"
 elif [[ $1 == cell ]]; then
+  [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "\`cell\` is for a task of a Slurm array; give SPEC.yaml"
   cell=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$2")
   rm -f "$cell/exit_code"
   code=0

@@ -31,7 +31,7 @@ while [[ ${1:-} == -* ]]; do
     --dry-run) dry_run=1 ;;
     --nodes=*) nodes=${1#*=} ;;
     -h | --help) usage; exit 0 ;;
-    *) usage >&2; exit 2 ;;
+    *) usage >&2; echo "unknown option $1; options of sbatch stand before the script" >&2; exit 2 ;;
   esac
   shift
 done
@@ -49,6 +49,7 @@ before=$(export -p)
 # shellcheck source=slurm/common.sh
 source "$root/slurm/common.sh"
 
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$nodes: expected a number of nodes"
 [[ $dry_run == 1 || -n ${SLURM_JOB_ID:-} ]] || fail "submit it with sbatch, or give --dry-run"
 counts=$(once "${cli[@]}" config --counts "$@")
 read -r ranks engine_nodes <<<"$counts"
@@ -82,7 +83,7 @@ if [[ $dry_run == 1 ]]; then
   comm -13 <(sort <<<"$before") <(export -p | sort) | sed 's/^declare -x /  /'
   # Of all that a plan says, only whether it fits. It fails if it does not, or without torch.
   plan=$("${cli[@]}" plan "--nodes=$nodes" "$@" 2>&1) || true
-  verdict=$(sed -nE 's/^(warning|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
+  verdict=$(sed -nE 's/^(warning|tight|FITS|DOES NOT FIT):/  &/p' <<<"$plan")
   printf 'plan:\n%s\n' "${verdict:-  none: ${plan##*$'\n'}}"
   echo "submit:"
   submit=("--nodes=$nodes" "$root/slurm/train_cpgd.sh" "$@")

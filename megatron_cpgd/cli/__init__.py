@@ -5,6 +5,7 @@ configuration takes no torch.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,13 @@ from megatron_cpgd.cli import (
 from megatron_cpgd.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 INTERRUPTED = 130
+_ELSEWHERE = "choose another place, or get the permission to write there", USER_ERROR
+_FULL = "make room there; the same command goes on from the last checkpoint", RUN_ERROR
+_NO_DEFECT = {
+    errno.EACCES: _ELSEWHERE, errno.EPERM: _ELSEWHERE, errno.EROFS: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE, errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
+}  # fmt: skip
+"""Errors of the operating system: what to do about them, and the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
+    except BrokenPipeError:  # `megatron-cpgd config --schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         sys.stderr.write(f"megatron-cpgd {arguments.command}: {error}\n")
         return USER_ERROR
     except RunError as error:
         sys.stderr.write(f"megatron-cpgd {arguments.command}: {error}\n")
         return RUN_ERROR
+    except OSError as error:
+        if error.errno not in _NO_DEFECT:
+            raise
+        hint, code = _NO_DEFECT[error.errno]
+        where = f"{error.filename2 or error.filename or 'a file'}: {error.strerror}"
+        sys.stderr.write(f"megatron-cpgd {arguments.command}: {where}; {hint}\n")
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `megatron-cpgd config --schema | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return code
 
 

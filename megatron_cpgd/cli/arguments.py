@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> 
         nargs="*",
         help="settings laid over the file, values in YAML: optim.lr=1e-6",
     )
+
+
+def positive_int(text: str) -> int:
+    """A number of things; argparse shows the message."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be an integer > 0, got {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A size or a length; argparse shows the message."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value
 
 
 def add_model_config_argument(parser: argparse.ArgumentParser) -> None:

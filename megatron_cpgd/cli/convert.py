@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_cpgd.cli.arguments import Commands
+from megatron_cpgd.cli.arguments import Commands, positive_float
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,7 +27,10 @@ def add_parser(commands: Commands) -> None:
     to_hf.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path)
     to_hf.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     to_hf.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="size of one safetensors file, 10^9 bytes"
+        "--max-shard-gb",
+        type=positive_float,
+        default=5.0,
+        help="size of one safetensors file, 10^9 bytes",
     )
     to_hf.set_defaults(run=run_megatron_to_hf)
 

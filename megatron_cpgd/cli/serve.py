@@ -6,6 +6,7 @@ import signal
 
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.slurm import read_number
 from megatron_cpgd.stop_request import STOP_SIGNALS
 
 
@@ -46,7 +47,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     node = arguments.node
     if node is None:
-        node = int(os.environ.get("SLURM_PROCID", "0"))
+        node = read_number(os.environ, "SLURM_PROCID", "0")
     if not 0 <= node < config.rollout.nodes:
         raise ConfigError(
             f"this is engine node {node}, and rollout.nodes={config.rollout.nodes}: expected a "

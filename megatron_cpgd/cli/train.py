@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run as the rank that RANK names, or start all ranks on this machine."""
     from megatron_cpgd.config.load import load_config
-    from megatron_cpgd.slurm import adopt_step
+    from megatron_cpgd.slurm import adopt_step, check_rank
     from megatron_cpgd.tracking.run_folder import RunFolder
 
     adopt_step(os.environ)
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     stop_within_s = config.checkpoint.stop_within_s
     if rank is not None:
+        check_rank(os.environ)
         with stop_on_signals(stop_within_s) as stop:
             from megatron_cpgd.train import train
 

@@ -23,6 +23,7 @@ from megatron_cpgd.config.schema import (
     PythonReward,
 )
 from megatron_cpgd.config.stability import StabilityConfig
+from megatron_cpgd.config.upstream import check_option_names
 
 
 def check_config(config: ExperimentConfig, model_config: Path | None = None) -> list[str]:
@@ -38,6 +39,7 @@ def check_config(config: ExperimentConfig, model_config: Path | None = None) -> 
         files = check_model_config(config, model_config)
     return [
         *check_settings(config),
+        *check_option_names(config),
         *files,
         *_world_size(config),
     ]
@@ -228,6 +230,9 @@ def _paths(config: ExperimentConfig) -> Iterator[str]:
         )
     if config.run.dir.exists() and not config.run.dir.is_dir():
         yield f"run.dir={config.run.dir}: must be a folder, but is a file"
+    for parent in config.run.dir.parents:
+        if parent.exists() and not parent.is_dir():
+            yield f"run.dir={config.run.dir}: {parent} is a file; use a path through folders"
 
 
 def _world_size(config: ExperimentConfig) -> Iterator[str]:

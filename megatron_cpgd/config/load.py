@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_cpgd.config.algorithm import AlgorithmConfig
 from megatron_cpgd.config.checks import check_config
+from megatron_cpgd.config.lookalikes import find_lookalikes
 from megatron_cpgd.config.merge import merge
 from megatron_cpgd.config.messages import Problem, dotted, explain
 from megatron_cpgd.config.schema import ExperimentConfig
@@ -35,12 +36,13 @@ def load_config(
         ConfigError: lists every mistake, of single settings and between settings.
     """
     data = _read_layers(path, overrides)
+    lookalikes = list(find_lookalikes(ExperimentConfig, data))
     try:
         config = ExperimentConfig.model_validate(data)
     except ValidationError as error:
-        invalid = explain(error)
+        invalid = [*explain(error), *lookalikes]
         _refuse(path, [*map(str, invalid), *_check_the_rest(data, invalid, model_config)], error)
-    _refuse(path, check_config(config, model_config))
+    _refuse(path, [*map(str, lookalikes), *check_config(config, model_config)])
     return config
 
 

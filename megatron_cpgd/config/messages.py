@@ -1,6 +1,7 @@
 """Says in one line what is wrong with a setting."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,12 @@ def _explain_one(details: ErrorDetails) -> Problem:
     expected = _EXPECTED.get(kind)
     if expected is None:
         return Problem(path=path, text=f"{details['msg']}, got {show(value)}")
-    return Problem(path=path, text=f"must be {expected.format(**context)}, got {show(value)}")
+    text = f"must be {expected.format(**context)}, got {show(value)}"
+    if kind in ("literal_error", "union_tag_invalid") and isinstance(value, str):
+        choices = re.findall(r"'([^']*)'", text.rpartition(", got ")[0])
+        near = difflib.get_close_matches(value, choices, n=1)
+        text += f"; did you mean {near[0]!r}?" if near else ""
+    return Problem(path=path, text=text)
 
 
 def _unknown(location: tuple[int | str, ...]) -> str:

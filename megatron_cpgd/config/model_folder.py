@@ -63,7 +63,7 @@ def _config(path: Path, where: str) -> tuple[dict[str, Any] | None, list[str]]:
     """config.json, unless it is unreadable or not supported, and its problems."""
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, [f"{where}={path}: has no config.json; give a Hugging Face folder"]
     except (OSError, ValueError) as error:
         return None, [f"{path / 'config.json'}: cannot be read as JSON: {error}"]

@@ -1,9 +1,16 @@
 """Rules of the section `rollout`: what its settings exclude, and what they would do in vain."""
 
+import itertools
+import math
 from collections.abc import Iterator
 
 from megatron_cpgd.config.algorithm_checks import CUDA_GRAPHS
+from megatron_cpgd.config.messages import show
 from megatron_cpgd.config.schema import ExperimentConfig, RolloutConfig
+
+_ENGINE_INTEGERS = (
+    "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "kv_cache_memory_bytes"
+)  # fmt: skip
 
 
 def check_rollout(config: ExperimentConfig) -> Iterator[str]:
@@ -64,8 +71,24 @@ def _piece_problems(rollout: RolloutConfig) -> Iterator[str]:
         )
 
 
+def _engine_number_problems(rollout: RolloutConfig) -> Iterator[str]:
+    """Of engine arguments that plans and other rules compute with."""
+    for name in _ENGINE_INTEGERS:
+        value = rollout.engine_args.get(name)
+        if value is not None and not (type(value) is int and value > 0):
+            yield f"rollout.engine_args.{name}: must be an integer > 0, got {show(value)}"
+    share = rollout.engine_args.get("gpu_memory_utilization")
+    if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
+        yield (
+            "rollout.engine_args.gpu_memory_utilization: must be a share of the GPU's memory, > 0 "
+            f"and <= 1, got {show(share)}"
+        )
+
+
 def _engine_problems(rollout: RolloutConfig) -> Iterator[str]:
     devices, nodes = rollout.devices, rollout.nodes
+    numbers = list(_engine_number_problems(rollout))
+    yield from numbers
     if nodes and rollout.engines % nodes:
         yield (
             f"rollout.engines={rollout.engines}: expected a multiple of rollout.nodes={nodes}, as "
@@ -77,6 +100,16 @@ def _engine_problems(rollout: RolloutConfig) -> Iterator[str]:
             f"rollout.devices={devices}: expected a multiple of {share}, got {len(devices)}; every "
             "engine takes as many"
         )
+    elif devices is not None and not numbers:
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        needed = math.prod(rollout.engine_args.get(name) or 1 for name in sizes)
+        count = len(devices) // rollout.engines_per_node
+        if any(len(set(each)) < needed for each in itertools.batched(devices, count)):
+            yield (
+                f"rollout.devices={devices}: {count} for each engine, which takes {needed} others "
+                "(rollout.engine_args.tensor_parallel_size * pipeline_parallel_size); name more "
+                "GPUs, or change rollout.engines"
+            )
 
 
 def _sync_problems(config: ExperimentConfig) -> Iterator[str]:

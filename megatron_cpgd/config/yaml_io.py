@@ -81,7 +81,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{where}{position}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number, a nest without end
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
 
 

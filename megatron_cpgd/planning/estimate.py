@@ -1,5 +1,6 @@
 """The whole prediction of one run: memory, seconds of a step, and whether it fits."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,6 +10,7 @@ from megatron_cpgd.planning.generation import GenerationSeconds, generation_seco
 from megatron_cpgd.planning.layout import Layout, layout_of
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.memory import (
+    SENDERS_AT_A_TIME,
     EngineMemory,
     EngineSettings,
     HostMemory,
@@ -21,8 +23,10 @@ from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.passes import PassSeconds, pass_seconds, update_seconds
 from megatron_cpgd.planning.workload import Lengths, Workload, workload_of
 
-SENDERS_AT_A_TIME = 4
-"""Of each receiver of an engine node, as weight_sync/receiver.py has it."""
+TIGHT = 0.9
+"""Share of what may be filled from which on something fits only barely."""
+TIGHT_CACHE = 1.1
+"""How many times as long sampling takes for want of KV cache, from which on it is worth a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +81,13 @@ class Plan:
     host: HostMemory
     seconds: StepSeconds
     generation: GenerationSeconds
+    unbounded: GenerationSeconds
+    """The same if every sequence that an engine may take at a time had room in its KV cache."""
     training: PassSeconds
     problems: tuple[str, ...]
     """Why it does not fit; empty: it does."""
+    tight: tuple[str, ...]
+    """What fits only barely, and so decides what else fits or how fast it is."""
     warnings: tuple[str, ...]
     train_flops: float
     """Of the training passes of a step, nothing counted twice."""
@@ -134,6 +142,11 @@ class Plan:
         return _gpus(self.layout, self.workload.engine, self.machine)
 
     @property
+    def tokens_per_gpu_s(self) -> float:
+        """Tokens of a step over its seconds, and over all GPUs of trainer and engines."""
+        return self.workload.tokens / self.seconds.total / self.gpus
+
+    @property
     def fits(self) -> bool:
         return not self.problems
 
@@ -159,7 +172,10 @@ def estimate(
     """The prediction of a workload under a layout."""
     trainer, engine = workload.trainer, workload.engine
     engine_bytes = engine_memory(model, engine, machine)
-    generation = generation_seconds(model, machine, engine, engine_bytes, workload.requests)
+    generation, unbounded = (
+        generation_seconds(model, machine, engine, memory, workload.requests)
+        for memory in (engine_bytes, replace(engine_bytes, cache_tokens=sys.maxsize))
+    )
     training = _training(model, layout, machine, workload)
     stages = tuple(rank_memory(model, layout, s, trainer, machine) for s in range(layout.pp))
     plan = Plan(
@@ -177,14 +193,18 @@ def estimate(
         ),
         seconds=_step_seconds(model, layout, machine, workload, stages, generation, training),
         generation=generation,
+        unbounded=unbounded,
         training=training,
         problems=(),
+        tight=(),
         warnings=(),
         train_flops=workload.epochs * model.train_flops(
             workload.batch.tokens, workload.batch.length
         ),
     )  # fmt: skip
-    return replace(plan, problems=tuple(_problems(plan)), warnings=tuple(_warnings(plan)))
+    problems = tuple(_problems(plan))
+    tight = () if problems else tuple(_tight(plan))
+    return replace(plan, problems=problems, tight=tight, warnings=tuple(_warnings(plan)))
 
 
 def _step_seconds(
@@ -200,7 +220,9 @@ def _step_seconds(
         reference = forward + 4 * shard / machine.pcie
     old_logprobs = workload.forward_passes * forward
     train = training.total + workload.live_passes * forward
-    hidden = old_logprobs + reference + train if workload.overlap else 0.0
+    # On the same GPUs each takes from the other what it gains.
+    beside = workload.overlap and not _share_gpus(layout, workload.engine, machine)
+    hidden = old_logprobs + reference + train if beside else 0.0
     moved = 0.0
     if workload.trainer.offloads:
         moved = max(stage.weights + stage.optimizer for stage in stages) / machine.pcie
@@ -283,7 +305,7 @@ def _problems(plan: Plan) -> list[str]:
         )
     if not machine.accelerator:
         return problems + _cpu_problems(plan)
-    problems += _engine_node_problems(plan)
+    problems += _engine_gpu_problems(plan)
     share = plan.fullest
     if share.total > machine.usable_memory:
         beside = f", {gib(share.engine)} of them the engine's" if share.engine else ""
@@ -292,8 +314,7 @@ def _problems(plan: Plan) -> list[str]:
             f"GPU memory{when}: a rank of stage {share.rank.stage} needs {gib(share.total)}{beside}"
             f"; of a GPU {gib(machine.usable_memory)} may be filled"
         )
-    requests = plan.workload.requests
-    longest = requests.longest + requests.prompt_tokens
+    longest = plan.workload.requests.longest_sequence
     if plan.engine.cache_tokens < longest:
         problems.append(
             f"engine: with tensor_parallel_size={engine.tp} its GPU holds "
@@ -308,8 +329,17 @@ def _problems(plan: Plan) -> list[str]:
     return problems
 
 
-def _engine_node_problems(plan: Plan) -> Iterator[str]:
+def _engine_gpu_problems(plan: Plan) -> Iterator[str]:
+    """Of GPUs that no rank has."""
     engine, gpus = plan.workload.engine, plan.machine.gpus_per_node
+    own = engine.nodes or max(engine.devices or (0,)) >= plan.layout.world_size
+    if own and plan.engine.total > plan.machine.usable_memory:
+        beside = f", {gib(plan.engine.receiver)} the process that receives weights"
+        yield (
+            f"GPU memory of an engine: it claims {gib(plan.engine.claimed)}"
+            f"{beside if engine.nodes else ''}; of a GPU {gib(plan.machine.usable_memory)} may be "
+            "filled"
+        )
     share = len(engine.devices) // engine.per_host if engine.devices else gpus // engine.per_host
     if engine.nodes and engine.tp > share:
         yield (
@@ -319,14 +349,41 @@ def _engine_node_problems(plan: Plan) -> Iterator[str]:
 
 
 def _cpu_problems(plan: Plan) -> list[str]:
-    """All processes share the memory of the host."""
-    per_stage = plan.layout.world_size // plan.layout.pp
-    ranks = sum(stage.total * per_stage for stage in plan.stages)
-    needed = ranks + plan.workload.engine.engines * plan.engine.claimed + plan.host.total
-    usable = plan.machine.usable_memory
+    needed, usable = _cpu_memory(plan), plan.machine.usable_memory
     if needed <= usable:
         return []
     return [f"memory: all processes need {gib(needed)}; of the host {gib(usable)} may be filled"]
+
+
+def _cpu_memory(plan: Plan) -> int:
+    """Bytes of all processes, which share the memory of the host."""
+    per_stage = plan.layout.world_size // plan.layout.pp
+    ranks = sum(stage.total * per_stage for stage in plan.stages)
+    return ranks + plan.workload.engine.engines * plan.engine.claimed + plan.host.total
+
+
+def _tight(plan: Plan) -> Iterator[str]:
+    """The fullest first. Of a GPU that engines have alone they take what they are told to: there
+    the KV cache is what may be too small."""
+    machine, share, waits = plan.machine, plan.fullest, plan.unbounded.total
+    if machine.accelerator:
+        when = f" while {share.phase}" if plan.workload.engine.sleeps else ""
+        of_rank = f"GPU memory of stage {share.rank.stage}{when}"
+        filled = [
+            (of_rank, share.total, machine.usable_memory),
+            (f"host memory of {plan.host.name}", plan.host.total, machine.host_memory),
+        ]
+    else:
+        filled = [("memory of the host", _cpu_memory(plan), machine.usable_memory)]
+    for name, used, limit in sorted(filled, key=lambda each: each[1] / each[2], reverse=True):
+        if used > TIGHT * limit:
+            yield f"{name}: {gib(used)} of the {gib(limit)} that may be filled"
+    if plan.generation.total > TIGHT_CACHE * waits:
+        yield (
+            f"KV cache: an engine samples {plan.generation.concurrent:.0f} sequences together in "
+            f"{plan.generation.total:.1f} s, with room for {plan.unbounded.concurrent:.0f} in "
+            f"{waits:.1f} s"
+        )
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -347,6 +404,14 @@ def _warnings(plan: Plan) -> list[str]:
             "its memory, which is what Linux allows unless /dev/shm is mounted with another size"
         )
     return warnings
+
+
+def _share_gpus(layout: Layout, engine: EngineSettings, machine: Machine) -> bool:
+    """A GPU has a rank and a part of an engine."""
+    if not machine.accelerator:
+        return False
+    ranks = min(layout.world_size, machine.gpus_per_node)
+    return any(engine.on_gpu(gpu) for gpu in range(ranks))
 
 
 def _gpus(layout: Layout, engine: EngineSettings, machine: Machine) -> int:

@@ -23,6 +23,11 @@ class Requests:
     longest: int
     """Bound of a response; some are as long."""
 
+    @property
+    def longest_sequence(self) -> float:
+        """With its prompt."""
+        return self.prompt_tokens + self.longest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSeconds:

@@ -6,13 +6,16 @@ the driver reports of it. Network and host memory (32 modules of 64 GB) are thos
 same generation.
 """
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_cpgd.config.messages import did_you_mean
 from megatron_cpgd.config.yaml_io import format_yaml, read_yaml
 from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
@@ -71,6 +74,9 @@ class Efficiency:
     """Of each rank, in no formula: context, communicators, workspaces of libraries."""
     sleeping_engine: int = 2 * GIB
     """Of an engine that sleeps, on each of its GPUs: context, communicators, CUDA graphs."""
+    receiver_memory: int = GIB
+    """Of a process that receives weights, on its GPU of an engine node, beside its buckets: context
+    and communicators. Assumed."""
     fragmentation: float = 0.05
     """Share of activations that the allocator loses."""
     usable: float = 0.95
@@ -143,6 +149,12 @@ def _gpu(
     )  # fmt: skip
 
 
+_DIVISORS = (
+    "dense", "experts", "fp8", "bandwidth", "moves", "link", "host_write", "host_writes",
+    "host_sum", "usable",
+)  # fmt: skip
+"""Fields of `Efficiency` that something is divided by."""
+
 HOPPER = {"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}
 GPUS = {
     machine.name: machine
@@ -187,8 +199,11 @@ def cpu_machine() -> Machine:
     )  # fmt: skip
 
 
-def find_machine(name: str) -> Machine:
+def find_machine(name: str, where: str = "--machine") -> Machine:
     """A machine of the table, or the one that `save_machine` wrote to this file.
+
+    Args:
+        where: it was named, for the message.
 
     Raises:
         ConfigError: there is no such machine, or the file is not one.
@@ -199,16 +214,40 @@ def find_machine(name: str) -> Machine:
         return cpu_machine()
     if not Path(name).is_file():
         raise ConfigError(
-            f"--machine {name}: neither one of {', '.join([*sorted(GPUS), 'cpu'])} nor a file"
+            f"{where} {name}: neither one of {', '.join([*sorted(GPUS), 'cpu'])} nor a file"
         )
+    given = read_yaml(Path(name))
     try:
-        return TypeAdapter(Machine).validate_python(read_yaml(Path(name)))
+        machine = TypeAdapter(Machine).validate_python(given)
+        problems = list(_machine_problems(machine, given))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    if problems:
         raise ConfigError(
-            f"--machine {name}: not a machine as `plan --calibrate` writes it: "
-            f"{'; '.join(problems)}"
-        ) from error
+            f"{where} {name}: not a machine as `plan --calibrate` writes it: {'; '.join(problems)}"
+        )
+    return machine
+
+
+def _machine_problems(machine: Machine, given: dict[str, Any]) -> Iterator[str]:
+    """Names that were passed over, and numbers with which nothing can be computed."""
+    known = asdict(machine)
+    efficiency = known.pop("efficiency")
+    for prefix, names, values in (
+        ("", given.keys() - {"efficiency"}, known),
+        ("efficiency.", given.get("efficiency", {}).keys(), efficiency),
+        ("flops.", set(), machine.flops),
+    ):
+        for name in sorted(names - values.keys()):
+            yield f"{prefix}{name}: unknown; {did_you_mean(name, values)}"
+        for name, value in values.items():
+            # Seconds and bytes that come on top may be none.
+            may_be_0 = prefix == "efficiency." and name not in _DIVISORS
+            if type(value) not in (int, float) or 0 < value < math.inf or (value == 0 and may_be_0):
+                continue
+            yield f"{prefix}{name}: must be {'>= 0' if may_be_0 else '> 0'}, got {value}"
+    for precision in {"bf16", "fp32"} - machine.flops.keys():
+        yield f"flops.{precision}: missing"
 
 
 def save_machine(machine: Machine, path: Path) -> None:

@@ -14,7 +14,10 @@ from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GIB, Machine
 from megatron_cpgd.planning.model import Model
 from megatron_cpgd.planning.state import BYTES, read_elements, state_bytes
+from megatron_cpgd.weights.buckets import BUCKET_BYTES
 
+SENDERS_AT_A_TIME = 4
+"""Of each receiver of an engine node, as weight_sync/receiver.py has it."""
 REFERENCE_PIECE = 16 << 20
 """As PIECE_BYTES of policy/reference.py."""
 HOST_PROCESS = 3 * GIB
@@ -79,6 +82,12 @@ class EngineMemory:
     """Tokens that fit into it."""
     claimed: int
     """What the engine takes, used or not."""
+    receiver: int = 0
+    """Of the process that receives weights beside it, on nodes of their own."""
+
+    @property
+    def total(self) -> int:
+        return self.claimed + self.receiver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +222,15 @@ def engine_memory(model: Model, settings: EngineSettings, machine: Machine) -> E
         cache = max(claimed - weights - int(0.05 * machine.memory), 0)
     return EngineMemory(
         ranks=settings.tp, weights=weights, cache=cache, cache_tokens=int(cache / per_token),
-        claimed=claimed,
+        claimed=claimed, receiver=_receiver_bytes(machine) if settings.nodes else 0,
     )  # fmt: skip
+
+
+def _receiver_bytes(machine: Machine) -> int:
+    """Of one GPU of an engine node: each has a process of its own, if as many ranks send."""
+    if not machine.accelerator:
+        return 0  # its host's memory has room for buckets
+    return machine.efficiency.receiver_memory + SENDERS_AT_A_TIME * BUCKET_BYTES
 
 
 def host_memory(

@@ -20,24 +20,56 @@ def format_plan(plan: Plan, fixes: Sequence[Candidate] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def format_search(found: Sequence[Candidate], given: Plan, gpus: int, *, shown: int = 10) -> str:
-    """The fastest layouts as a table, or what is wrong with the given one."""
+def format_search(
+    found: Sequence[Candidate], nearest: Plan | None, gpus: int, *, shown: int = 10
+) -> str:
+    """The fastest jobs as a table, with the fastest of each place of the engines in any case; or
+    what stands in the way of the nearest layout."""
     if not found:
-        lines = [f"No layout of {gpus} GPUs fits. The configuration as it is:", *given.problems]
-        return "\n  ".join(lines) + "\n"
-    header = ["#", "s/step", "train s", "GiB/GPU", "MFU", "settings"]
-    rows = [header] + [
-        [
-            str(number),
-            f"{each.plan.seconds.total:.1f}",
-            f"{each.plan.seconds.train:.1f}",
-            f"{_peak(each.plan) / 2**30:.1f}",
-            f"{each.plan.mfu:.2f}",
-            each.command_line,
-        ]
-        for number, each in enumerate(found[:shown], start=1)
+        return _nothing_found(nearest, gpus)
+    first: dict[bool, int] = {}
+    for i, each in enumerate(found):
+        first.setdefault(bool(each.plan.workload.engine.nodes), i)
+    numbers = sorted({*range(min(shown, len(found))), *first.values()})
+    header = ["#", "s/step", "tokens/s/GPU", "nodes", "train s", "GiB/GPU", "MFU", "settings"]
+    rows = [header, *(_search_row(number + 1, found[number]) for number in numbers)]
+    unit = "GPUs" if found[0].plan.machine.accelerator else "ranks"
+    lines = [f"{len(found)} layouts of {gpus} {unit}, those of engines included, fit."]
+    if True in first:
+        lines.append('Nodes "3+1": three with the trainer, one with engines.')
+        if not any(each.plan.workload.overlap for each in found):
+            lines.append(
+                "They wait for each other: rollout.staleness=0. With staleness=1 engines sample the"
+                "\nnext batch while the trainer works, which changes what is trained on."
+            )
+    return "\n".join(lines) + f"\n\n{_table(rows)}\n"
+
+
+def _search_row(number: int, found: Candidate) -> list[str]:
+    plan = found.plan
+    engine_nodes = plan.workload.engine.nodes
+    apart = f"+{engine_nodes}" if engine_nodes else ""
+    return [
+        str(number),
+        f"{plan.seconds.total:.1f}",
+        f"{plan.tokens_per_gpu_s:.1f}",
+        f"{plan.nodes - engine_nodes}{apart}",
+        f"{plan.seconds.train:.1f}",
+        f"{_peak(plan) / 2**30:.1f}",
+        f"{plan.mfu:.2f}",
+        found.command_line,
     ]
-    return f"{len(found)} layouts of {gpus} GPUs fit.\n\n{_table(rows)}\n"
+
+
+def _nothing_found(nearest: Plan | None, gpus: int) -> str:
+    if nearest is None:
+        return f"No layout of {gpus} GPUs divides the model.\n"
+    lines = [
+        f"No layout of {gpus} GPUs fits. The nearest one with the engines as they are, "
+        f"{_axes(nearest)}:",
+        *nearest.problems,
+    ]
+    return "\n  ".join(lines) + "\n"
 
 
 def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
@@ -45,6 +77,7 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
+        "tight": list(plan.tight),
         "warnings": list(plan.warnings),
         "machine": plan.machine.name,
         "nodes": plan.nodes,
@@ -58,7 +91,7 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
             "worst_phase": plan.fullest.phase,
             "worst_bytes": plan.fullest.total,
             "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
-            "engine": asdict(plan.engine),
+            "engine": asdict(plan.engine) | {"total": plan.engine.total},
             "host": asdict(plan.host) | {"total": plan.host.total},
         },
         "seconds": asdict(plan.seconds) | {"total": plan.seconds.total},
@@ -75,19 +108,23 @@ def search_as_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 
 def _heading(plan: Plan) -> str:
-    layout, requests = plan.layout, plan.workload.requests
-    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")}
-    axes = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+    requests = plan.workload.requests
     active = ""
     if plan.active_parameters < plan.parameters / 2:
         active = f", {_count(plan.active_parameters)} of them per token"
     return (
-        f"{_count(plan.parameters)} parameters{active}; {axes}; {layout.world_size} ranks on "
-        f"{plan.nodes} x {plan.machine.name}\n"
+        f"{_count(plan.parameters)} parameters{active}; {_axes(plan)}; {plan.layout.world_size} "
+        f"ranks on {plan.nodes} x {plan.machine.name}\n"
         f"{requests.prompts * requests.samples} responses of {requests.response_tokens:.0f} tokens "
         f"(assumed mean), prompts of {requests.prompt_tokens:.0f}, {plan.workload.updates} "
         f"optimizer steps"
     )
+
+
+def _axes(plan: Plan) -> str:
+    names = ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")
+    sizes = {name: getattr(plan.layout, name) for name in names}
+    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def _memory(plan: Plan) -> str:
@@ -114,7 +151,8 @@ def _memory(plan: Plan) -> str:
     if others:
         low, high = min(others, key=_total), max(others, key=_total)
         rows.append(["other stages", f"{gib(low.total)} to {gib(high.total)}"])
-    rows.append(["engine's GPU", gib(plan.engine.claimed)])
+    receiver = f", {gib(plan.engine.receiver)} of them to receive weights (assumed)"
+    rows.append(["engine's GPU", gib(plan.engine.total) + receiver * (plan.engine.receiver > 0)])
     rows.append(["  KV cache", f"{plan.engine.cache_tokens} tokens"])
     shared = f", {gib(plan.host.arena)} of them in /dev/shm" if plan.host.arena else ""
     rows.append(["host", f"{gib(plan.host.total)} on {plan.host.name}{shared}"])
@@ -143,6 +181,7 @@ def _seconds(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     lines = [f"warning: {text}" for text in plan.warnings]
     if plan.fits:
+        lines += [f"tight: {text}" for text in plan.tight]
         return "\n".join([*lines, f"FITS: {_brief(plan)}"])
     return "\n".join([*lines, *(f"DOES NOT FIT: {text}" for text in plan.problems)])
 

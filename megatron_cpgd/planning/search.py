@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,11 @@ type Overrides = dict[str, Any]
 """Dotted setting -> value, as on the command line."""
 
 UTILIZATION = "rollout.engine_args.gpu_memory_utilization"
+ENGINE_SIZE = "rollout.engine_args.tensor_parallel_size"
+TURNS: Overrides = {
+    "rollout.sleep": True, "optim.offload": True, UTILIZATION: VLLM_UTILIZATION
+}  # fmt: skip
+"""Engines that sleep while the trainer works, with as much of the memory as vLLM takes at most."""
 LEAST_MICRO_TOKENS = 1024
 MOST_CHANGES = 3
 FIXES = 3
@@ -101,19 +106,29 @@ def find_fixes(planner: Planner) -> list[Candidate]:
     return []
 
 
-def search_layouts(planner: Planner, gpus: int) -> list[Candidate]:
-    """Every layout of so many GPUs that fits, fastest first; of each the best engine, the least
-    recompute and the largest micro-batches that fit."""
+def search_layouts(
+    planner: Planner, gpus: int, engines: Sequence[Overrides] | None = None
+) -> list[Candidate]:
+    """Every layout of so many GPUs of the trainer that fits, fastest first; of each the best
+    engine, the least recompute and the largest micro-batches that fit.
+
+    Args:
+        engines: those to choose from; default: the one as it is, and cut over more GPUs.
+    """
+    if engines is None:
+        engines = list(_engines(planner))
+
+    def fitting(layout: Overrides, memory: Overrides) -> list[Candidate]:
+        given = (planner.changed(layout | memory | engine) for engine in engines)
+        return [candidate for each in given if (candidate := planner.fitting(each))]
+
+    *others, leanest = _memory_settings(planner.config)
     found = []
-    for layout in _layouts(planner, gpus):
-        fitting = [
-            candidate
-            for memory in _memory_settings(planner.config)
-            for engine in _engines(planner)
-            if (candidate := planner.fitting(planner.changed(layout | memory | engine)))
-        ]
-        if fitting:
-            found.append(min(fitting, key=_seconds))
+    for layout in iter_layouts(planner, gpus):
+        if not (lean := fitting(layout, leanest)):
+            continue  # nor does it with more memory
+        fast = [candidate for memory in others for candidate in fitting(layout, memory)]
+        found.append(min(fast + lean, key=_seconds))
     return sorted(found, key=_seconds)
 
 
@@ -121,7 +136,7 @@ def find_nearest(planner: Planner, gpus: int) -> Plan | None:
     """Of all layouts of so many GPUs, with the leanest settings, the one with the fewest problems,
     of these with the least memory; None: there is no layout. For where nothing fits."""
     *_, leanest = _memory_settings(planner.config)
-    plans = [planner.plan(layout | leanest) for layout in _layouts(planner, gpus)]
+    plans = [planner.plan(layout | leanest) for layout in iter_layouts(planner, gpus)]
     found = [plan for plan in plans if plan is not None]
     return min(found, key=lambda plan: (len(plan.problems), plan.fullest.total), default=None)
 
@@ -235,24 +250,38 @@ def _joined(changes: tuple[Overrides, ...]) -> Overrides | None:
     return joined
 
 
-def _layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
+def iter_layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
     decoder, machine = planner.model.decoder, planner.machine
     heads = math.gcd(decoder.heads, decoder.kv_heads)
     experts = decoder.experts.count if decoder.experts else 1
-    stages = _divisors(decoder.layers)
-    if planner.config.parallel.stage_layers:
-        stages = [planner.config.parallel.pp]
+    given = planner.config.parallel
+    stages = {pp: _stage_layers(decoder.layers, pp) for pp in _pipelines(planner)}
+    if given.stage_layers:
+        stages = {given.pp: given.stage_layers}
     for tp, pp, cp in itertools.product(
-        [n for n in _divisors(heads) if n <= machine.gpus_per_node], stages, (1, 2, 4, 8)
+        [n for n in divisors(heads) if n <= machine.gpus_per_node], stages, (1, 2, 4, 8)
     ):
         if gpus % (tp * pp * cp):
             continue
         dp = gpus // (tp * pp * cp)
-        for ep in _divisors(math.gcd(experts, tp * cp * dp)):
+        for ep in divisors(math.gcd(experts, tp * cp * dp)):
             yield {
                 "parallel.tp": tp, "parallel.pp": pp, "parallel.cp": cp, "parallel.dp": dp,
-                "parallel.ep": ep,
+                "parallel.ep": ep, "parallel.stage_layers": stages[pp],
             }  # fmt: skip
+
+
+def _pipelines(planner: Planner) -> list[int]:
+    """Stages: divisors of the layers, and powers of two, of which some stages have a layer less."""
+    layers, even = planner.model.decoder.layers, planner.config.parallel.vpp > 1
+    powers = [] if even else [2**k for k in range(layers.bit_length())]
+    return sorted({*divisors(layers), *powers})
+
+
+def _stage_layers(layers: int, stages: int) -> list[int] | None:
+    """The last stages, of which one has the head, are the shorter ones; None: all are equal."""
+    least, more = divmod(layers, stages)
+    return [least + 1] * more + [least] * (stages - more) if more else None
 
 
 def _engines(planner: Planner) -> Iterator[Overrides]:
@@ -260,16 +289,15 @@ def _engines(planner: Planner) -> Iterator[Overrides]:
     as much of the memory as vLLM takes at most."""
     config = planner.config
     size = int(config.rollout.engine_args.get("tensor_parallel_size") or 1)
-    turns = {"rollout.sleep": True, "optim.offload": True, UTILIZATION: VLLM_UTILIZATION}
     engine: Overrides = {}
     while True:
         yield engine
         if planner.machine.accelerator:
-            yield engine | turns
+            yield engine | TURNS
         size *= 2
         if not planner.machine.accelerator or size > planner.machine.gpus_per_node:
             return
-        engine = {"rollout.engine_args.tensor_parallel_size": size}
+        engine = {ENGINE_SIZE: size}
 
 
 def _memory_settings(config: ExperimentConfig) -> Iterator[Overrides]:
@@ -287,18 +315,21 @@ def _engine_share(plan: Plan) -> float | None:
     engine, machine = plan.workload.engine, plan.machine
     if not plan.machine.accelerator or engine.cache_bytes is not None:
         return None
-    shared = [
-        stage.idle if engine.sleeps else stage.total
-        for stage in plan.stages
-        if plan.engines_beside(stage.stage)
-    ]
+    if engine.nodes:
+        shared = [plan.engine.receiver]
+    else:
+        shared = [
+            stage.idle if engine.sleeps else stage.total
+            for stage in plan.stages
+            if plan.engines_beside(stage.stage)
+        ]
     room = machine.usable_memory - max(shared, default=0)
     together = max(engine.on_gpu(gpu) for gpu in range(machine.gpus_per_node))
     share = math.floor(100 * room / machine.memory / max(together, 1)) / 100
     return share if 0 < share < engine.utilization else None
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -312,4 +343,4 @@ def _seconds(candidate: Candidate) -> float:
 
 def _yaml(value: Any) -> str:
     """Without spaces, so that a shell takes it as one word."""
-    return str(value).lower().replace(" ", "")
+    return "null" if value is None else str(value).lower().replace(" ", "")

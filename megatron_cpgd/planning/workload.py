@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_cpgd.config.algorithm import AlgorithmConfig, BalancedClip, LogRatioTerm
 from megatron_cpgd.config.schema import ExperimentConfig, PrecisionConfig
+from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.planning.activations import passes_of
 from megatron_cpgd.planning.fp8 import Fp8
 from megatron_cpgd.planning.generation import Requests
@@ -62,10 +63,20 @@ class Lengths:
 
 
 def assumed_lengths(config: ExperimentConfig, response_tokens: float | None = None) -> Lengths:
-    """Shares of the limits; `response_tokens` replaces that of the responses."""
+    """Shares of the limits; `response_tokens` replaces that of the responses.
+
+    Raises:
+        ConfigError: no response may be as long.
+    """
+    longest = config.rollout.max_response_tokens
+    if (response_tokens or 0) > longest:
+        raise ConfigError(
+            f"a mean of {response_tokens:g} tokens of a response is more than "
+            f"rollout.max_response_tokens={longest}; assume fewer"
+        )
     return Lengths(
         prompt=PROMPT_SHARE * config.data.max_prompt_tokens,
-        response=response_tokens or RESPONSE_SHARE * config.rollout.max_response_tokens,
+        response=response_tokens or RESPONSE_SHARE * longest,
     )
 
 

@@ -26,8 +26,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cpgd.errors import ConversionError
+from megatron_cpgd.errors import ConversionError, RunError
 from megatron_cpgd.weights.carried import CarriedTensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import copy_side_files
@@ -61,6 +62,9 @@ def save_checkpoint(
         hf_source: folder whose config.json, tokenizer and tensors that `table` carries over go
             along, so that the checkpoint alone is enough to build the model and to convert it back.
         files: further ones, name -> content; read on rank 0 only.
+
+    Raises:
+        RunError: the disk does not take it.
     """
     partial = path.with_name(path.name + ".partial")
     if dist.get_rank() == 0:
@@ -71,12 +75,20 @@ def save_checkpoint(
     # everything again (6 to 20 s) and outlives a killed rank; a synchronous save needs neither.
     filesystem_async._results_queue = queue.Queue()
     metadata = _metadata()
-    dist_checkpointing.save(
-        _sharded_state(chunks, optimizer, metadata, is_loading=False),
-        str(partial),
-        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
-        content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
-    )
+    try:
+        dist_checkpointing.save(
+            _sharded_state(chunks, optimizer, metadata, is_loading=False),
+            str(partial),
+            FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
+            content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+        )
+    except CheckpointException as error:  # names no cause; the writers have logged theirs
+        free = shutil.disk_usage(partial).free
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{path}: the checkpoint was not written; {free / 1e9:.1f} GB were free there. If its "
+            "disk or quota is full, make room: the same command goes on from the last checkpoint"
+        ) from error
     dist.barrier()
     if dist.get_rank() == 0:
         (partial / HF_FILES).mkdir()
@@ -134,8 +146,15 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise ConversionError(f"{path}: not a complete checkpoint, it has no {MANIFEST}")
-    manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+        inside = [*path.glob(f"*/{MANIFEST}"), *path.glob(f"checkpoints/*/{MANIFEST}")]
+        hint = f"; did you mean {max(inside).parent}?" if inside else ""
+        raise ConversionError(f"{path}: not a complete checkpoint, it has no {MANIFEST}{hint}")
+    try:
+        manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+    except ValueError as error:
+        raise ConversionError(
+            f"{manifest_path}: damaged, {error}; use another checkpoint"
+        ) from error
     for name, size in manifest["files"].items():
         file = path / name
         actual = file.stat().st_size if file.is_file() else None

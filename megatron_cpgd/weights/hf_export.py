@@ -154,7 +154,7 @@ def _check_out_dir(out_dir: Path, source_dir: Path, *, overwrite: bool) -> None:
     if not out_dir.exists():
         return
     if not overwrite:
-        raise ConversionError(f"{out_dir} exists; choose another folder or allow overwriting")
+        raise ConversionError(f"{out_dir} exists; remove it or choose another folder")
     if out_dir.samefile(source_dir) or not (out_dir / "config.json").is_file():
         raise ConversionError(
             f"{out_dir} is the source or no checkpoint folder, and is not overwritten; "

@@ -1,6 +1,8 @@
 """`megatron-cpgd convert` in both directions, on an initial model and on a training checkpoint."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,3 +101,20 @@ def test_a_checkpoint_without_manifest_is_refused(folders, tmp_path, capsys):
 
 def state(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_disk_that_does_not_take_the_checkpoint_is_one_message(assets, tmp_path):
+    command = [sys.executable, "-m", "megatron_cpgd.cli", "convert", "hf-to-megatron"]
+    # No file of more than 100 KiB, as on a disk or a quota that is full; the weights take 320 kB.
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *command]
+    result = subprocess.run(
+        [*limited, assets / "model", tmp_path / "out"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 3, result.stderr
+    *_, message = result.stderr.splitlines()
+    assert message.startswith(
+        f"megatron-cpgd convert: {tmp_path / 'out'}: the checkpoint was not w"
+    )
+    assert "GB were free there. If its disk or quota is full, make room" in message
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

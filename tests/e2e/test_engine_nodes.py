@@ -108,7 +108,7 @@ def test_two_nodes_do_what_two_engines_beside_rank_0_do(assets, tmp_path, case):
 def test_a_wrong_setting_of_the_engines_is_one_message(complete_run, tmp_path):
     finished = run_cli(
         "train", complete_run.yaml, f"run.dir={tmp_path / 'run'}", "rollout.nodes=1",
-        "rollout.engine_args.no_such=1", folder=tmp_path,
+        "rollout.engine_args.dtype=half", folder=tmp_path,
     )  # fmt: skip
     assert finished.code == 2, finished.err
-    assert "engine node 0 on engine_node_0: rollout.engine_args.no_such: vLLM has" in finished.err
+    assert "engine node 0 on engine_node_0: rollout.engine_args.dtype is set" in finished.err

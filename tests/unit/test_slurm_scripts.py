@@ -104,6 +104,28 @@ def test_mistakes_are_the_messages_of_the_command_line(login_node, run_yaml, tmp
     assert "parallel.* need 4 ranks, which 3 nodes cannot share evenly" in refused.stderr
 
 
+@pytest.mark.parametrize("nodes", ["0", "-2", "two", ""])
+def test_a_number_of_nodes_that_is_none_is_refused(login_node, run_yaml, tmp_path, nodes):
+    arguments = ["--dry-run", f"--nodes={nodes}", run_yaml]
+    refused = run("train_cpgd.sh", *arguments, folder=tmp_path, **login_node)
+    assert refused.returncode == 2
+    assert refused.stderr == f"train_cpgd.sh: --nodes={nodes}: expected a number of nodes\n"
+
+
+@pytest.mark.parametrize("script", ["train_cpgd.sh", "convert.sh", "scaling_study.sh"])
+def test_an_interpreter_that_is_not_there_is_named(login_node, run_yaml, tmp_path, script):
+    environment = login_node | {"PYTHON": "/no/python"}
+    refused = run(script, "--dry-run", run_yaml, folder=tmp_path, **environment)
+    assert refused.returncode == 2
+    assert "no interpreter /no/python: export PYTHON with one that" in refused.stderr
+
+
+def test_a_cell_of_a_study_outside_of_an_array_is_refused(login_node, tmp_path):
+    refused = run("scaling_study.sh", "cell", "cells", folder=tmp_path, **login_node)
+    assert refused.returncode == 2
+    assert "`cell` is for a task of a Slurm array" in refused.stderr
+
+
 def test_without_sbatch_nothing_is_started(login_node, run_yaml, tmp_path):
     for script in ("train_cpgd.sh", "convert.sh"):
         refused = run(script, run_yaml, folder=tmp_path, **login_node)

@@ -1,5 +1,6 @@
 """The command line through real processes: exit codes and what the user sees."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ import yaml
 from megatron_cpgd.cli import main
 from megatron_cpgd.errors import RolloutError
 from megatron_cpgd.tracking.run_folder import RunFolder
+
+LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+"""What torchrun sets for a single rank."""
 
 
 def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -150,6 +154,8 @@ def test_under_a_launcher_train_runs_as_that_rank(run_yaml, monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert main(["train", str(run_yaml), "parallel.dp=2"]) == 0
     assert trained[0].parallel.dp == 2
     assert main(["train", str(run_yaml), "parallel.dp=4"]) == 2
@@ -224,9 +230,48 @@ def test_a_run_that_cannot_go_on_shows_its_message_and_exits_with_3(run_yaml, mo
     loop = types.ModuleType("megatron_cpgd.train")
     loop.train = fail
     monkeypatch.setitem(sys.modules, "megatron_cpgd.train", loop)
-    monkeypatch.setenv("RANK", "0")
+    for name, value in LAUNCHER.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", str(run_yaml)]) == 3
     assert capsys.readouterr().err == "megatron-cpgd train: the engine is gone\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RANK", "first", "environment variable RANK: expected a number, got 'first'"),
+        ("RANK", "1", "RANK=1 is not below WORLD_SIZE=1"),
+        ("WORLD_SIZE", None, "environment variable WORLD_SIZE: expected a number, it is not set"),
+        ("MASTER_PORT", None, "environment variable MASTER_PORT: expected a number, it is not set"),
+        ("MASTER_ADDR", None, "MASTER_ADDR is not: export the host of rank 0"),
+    ],
+)
+def test_an_environment_in_which_no_rank_can_start_is_one_message(
+    run_yaml, monkeypatch, capsys, name, value, expected
+):
+    for variable, usual in LAUNCHER.items():
+        monkeypatch.setenv(variable, usual)
+    monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    assert main(["train", str(run_yaml), "parallel.dp=1"]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (run_yaml.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "hint"),
+    [
+        (errno.ENOSPC, 3, "No space left on device; make room there"),
+        (errno.EACCES, 2, "Permission denied; choose another place"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_message(run_yaml, monkeypatch, capsys, number, code, hint):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/full/file")
+
+    monkeypatch.setattr("megatron_cpgd.tracking.report.read_metrics", fail)
+    (run_yaml.parent / "metrics.jsonl").touch()
+    assert main(["report", str(run_yaml.parent)]) == code
+    assert capsys.readouterr().err.startswith(f"megatron-cpgd report: /full/file: {hint}")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -66,7 +66,36 @@ def test_a_search_prints_layouts_of_that_many_gpus(config: str, capsys) -> None:
 
 def test_a_search_without_result_says_what_stands_in_the_way(config: str, capsys) -> None:
     model = ("--model-config", str(MODELS / "DeepSeek-V3"))
-    assert main(["plan", *model, "--search", "61", config, "parallel.pp=61"]) == 4
-    out = capsys.readouterr().out
-    assert out.startswith("No layout of 61 GPUs fits. The configuration as it is:")
-    assert "engine: with tensor_parallel_size=1" in out
+    assert main(["plan", *model, "--search", "8", config]) == 4
+    first, *problems = capsys.readouterr().out.splitlines()
+    assert first.startswith("No layout of 8 GPUs fits. The nearest one with the engines as they ")
+    assert any("engine: with tensor_parallel_size=1" in problem for problem in problems)
+
+
+OPTIONS = {
+    ("--nodes=0",): "argument --nodes: must be an integer > 0, got '0'",
+    ("--search=-8",): "argument --search: must be an integer > 0, got '-8'",
+    ("--response-tokens=2k",): "argument --response-tokens: must be a number > 0, got '2k'",
+    ("--response-tokens=5000",): "5000 tokens of a response is more than rollout.max_response_tok",
+    ("--search=8", "--nodes=1"): "--nodes=1 does nothing: --search 8 takes the nodes",
+    ("--out=m.yaml",): "--out m.yaml does nothing without --calibrate",
+    ("--machine=",): "--machine : neither one of a100",
+    ("tracking.machine=h1000",): "tracking.machine: h1000: neither one of a100",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_option_that_is_wrong_or_does_nothing_is_refused(
+    config: str, capsys, options: tuple[str, ...]
+) -> None:
+    try:
+        code = main(["plan", *MODEL, config, *options])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    assert code == 2
+    assert OPTIONS[options] in capsys.readouterr().err
+
+
+def test_options_of_a_run_are_refused_where_no_run_is_given(capsys) -> None:
+    assert main(["plan", "--calibrate", "runs/x", "--search", "8"]) == 2
+    assert "--search does nothing without the YAML file of a run" in capsys.readouterr().err

@@ -24,6 +24,7 @@ TIS = "algorithm.correction={type: truncate}"
 OLD_SAMPLER = "algorithm.old_policy=sampler"
 R2 = "algorithm.routing_replay=old_policy"
 R3 = "algorithm.routing_replay=rollout"
+ENGINE = "rollout.engine_args"
 SLEEP = "rollout.sleep=true"
 MEASURED = "tracking.routing_every=5"
 MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
@@ -105,6 +106,27 @@ MANY_EPOCHS = "algorithm={mini_batches: 1, epochs: 2}"
         ),
         ([SLEEP, "rollout.overlap=true", "rollout.staleness=1"], "rollout.sleep=true lets the"),
         ([SLEEP, "rollout.nodes=1"], "rollout.sleep=true does nothing: with rollout.nodes=1"),
+        (
+            ["rollout.engines=2", "rollout.devices=[0,1,2,3]", f"{ENGINE}.tensor_parallel_size=4"],
+            "rollout.devices=[0, 1, 2, 3]: 2 for each engine, which takes 4 others (rollout.engine",
+        ),
+        (
+            ["rollout.devices=[0,0]", f"{ENGINE}.tensor_parallel_size=2"],
+            "rollout.devices=[0, 0]: 2 for each engine, which takes 2 others",
+        ),
+        (
+            [f"{ENGINE}.tensor_parallel_size=two"],
+            "rollout.engine_args.tensor_parallel_size: must be an integer > 0, got 'two'",
+        ),
+        (
+            [f"{ENGINE}.kv_cache_memory_bytes=10GB"],
+            "rollout.engine_args.kv_cache_memory_bytes: must be an integer > 0, got '10GB'",
+        ),
+        (
+            [f"{ENGINE}.gpu_memory_utilization=90"],
+            "rollout.engine_args.gpu_memory_utilization: must be a share of the GPU's memory, > 0 "
+            "and <= 1, got 90",
+        ),
         (
             [SLEEP, "rollout.devices=[2]", "parallel.dp=2"],
             "rollout.sleep=true does nothing: rollout.devices=[2] are none of the 2 that",

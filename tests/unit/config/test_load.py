@@ -117,7 +117,10 @@ plain = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl
     shuffle=st.booleans(),
     system_prompt=st.none() | plain,
     options=st.dictionaries(
-        st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.floats(-1, 1) | plain
+        st.sampled_from(
+            ["init_method_std", "fp32_residual_connection", "memory_efficient_layer_norm"]
+        ),
+        st.booleans() | st.floats(-1, 1) | plain,
     ),
 )
 def test_any_override_survives_saving_and_loading(
@@ -187,7 +190,20 @@ def test_nothing_is_concluded_from_the_default_of_an_invalid_setting(run_yaml):
         ("optim=", "optim: must be a mapping of settings, got null"),
         (
             "optim.schedule=cosin",
-            "optim.schedule: must be 'constant', 'linear' or 'cosine', got 'cosin'",
+            "optim.schedule: must be 'constant', 'linear' or 'cosine', got 'cosin'; did you mean "
+            "'cosine'?",
+        ),
+        ("run.steps=true", "run.steps: must be an integer, got true"),
+        ("rollout.piece_tokens=true", "rollout.piece_tokens: must be an integer, got true"),
+        ("run.dir=''", "run.dir: must be a path, got ''"),
+        (
+            "run.dir=~/runs/a",
+            "run.dir: ~ and $NAME are not replaced here, got '~/runs/a'; write the path itself",
+        ),
+        (
+            "eval.sets={a: {path: $DATA/a.jsonl}}",
+            "eval.sets.a.path: ~ and $NAME are not replaced here, got '$DATA/a.jsonl'; write the "
+            "path itself",
         ),
         ("rewards.functions=[]", "rewards.functions: must be a list with at least 1 item, got []"),
         (

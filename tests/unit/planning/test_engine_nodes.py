@@ -11,7 +11,7 @@ from megatron_cpgd.config.load import read_config
 from megatron_cpgd.planning import estimate
 from megatron_cpgd.planning.estimate import Plan, make_plan
 from megatron_cpgd.planning.machine import GPUS, cpu_machine
-from megatron_cpgd.planning.search import Planner, find_fixes
+from megatron_cpgd.planning.search import UTILIZATION, Planner, find_fixes
 from megatron_cpgd.planning.workload import assumed_lengths
 from megatron_cpgd.weight_sync import receiver
 from megatron_cpgd.weight_sync.node_arena import max_receivers
@@ -23,6 +23,14 @@ SIZES = (
     "rollout.engine_args.tensor_parallel_size=4",
 )  # fmt: skip
 GIB = 2**30
+
+
+def planner(folder: Path, *overrides: str) -> Planner:
+    config = read_config(write_run(folder), [*SIZES, *overrides])
+    return Planner(
+        model=public_model("Qwen3-8B"), hf=public_config("Qwen3-8B"), config=config,
+        machine=GPUS["h100"], lengths=assumed_lengths(config),
+    )  # fmt: skip
 
 
 def plan(folder: Path, *overrides: str, model: str = "Qwen3-8B", nodes: int | None = None) -> Plan:
@@ -110,6 +118,28 @@ def test_more_engines_than_a_node_has_gpus_for_is_a_problem(tmp_path: Path) -> N
         "rollout.nodes=1: tensor_parallel_size=4 for each of 4 engines on a node, which has 2 GPUs "
         "for each"
     )
+
+
+def test_a_process_that_receives_weights_is_beside_an_engine_on_its_gpu(tmp_path: Path) -> None:
+    beside, apart = plan(tmp_path), plan(tmp_path, "rollout.nodes=2")
+    assert beside.engine.total == beside.engine.claimed
+    # Context and communicators, and a bucket of 64 MiB from each of four senders.
+    assert apart.engine.total - apart.engine.claimed == GIB + 4 * 64 * 2**20
+    # Of 79.6 GiB 95 % may be filled: 75.7; 0.94 are 74.9 and leave no 1.25.
+    [problem] = plan(tmp_path, "rollout.nodes=2", f"{UTILIZATION}=0.94").problems
+    assert problem == (
+        "GPU memory of an engine: it claims 74.9 GiB, 1.2 GiB the process that receives weights; "
+        "of a GPU 75.7 GiB may be filled"
+    )
+    full = planner(tmp_path, "rollout.nodes=2", f"{UTILIZATION}=0.94")
+    assert next(fix.overrides for fix in find_fixes(full)) == {UTILIZATION: 0.93}
+
+
+def test_engines_on_gpus_of_their_own_may_not_overfill_them(tmp_path: Path) -> None:
+    own = ("parallel.dp=1", "rollout.engines=1", "rollout.devices=[4,5,6,7]")
+    assert plan(tmp_path, *own, f"{UTILIZATION}=0.95").fits
+    [problem] = plan(tmp_path, *own, f"{UTILIZATION}=0.97").problems
+    assert problem == "GPU memory of an engine: it claims 77.3 GiB; of a GPU 75.7 GiB may be filled"
 
 
 def test_the_trainer_has_the_nodes_that_the_engines_leave(tmp_path: Path) -> None:

@@ -119,6 +119,31 @@ def test_a_file_that_is_no_machine_is_one_clear_message(tmp_path: Path, content:
         find_machine(str(file))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("gpus_per_node: 8", "gpus_per_node: 0", "gpus_per_node: must be > 0, got 0"),
+        ("  dense: 0.45", "  dens: 0.45", "efficiency.dens: unknown; did you mean 'dense'?"),
+        ("  dense: 0.45", "  dense: 0", "efficiency.dense: must be > 0, got 0"),
+        ("  other_s: 0.0", "  other_s: -1", "efficiency.other_s: must be >= 0, got -1"),
+        ("network: 50000000000.0", "network: .nan", "network: must be > 0, got nan"),
+        ("name: h100", "name: h100\nnvlnk: 1", "nvlnk: unknown; did you mean 'nvlink'?"),
+        ("  bf16: 989000000000000.0\n", "", "flops.bf16: missing"),
+    ],
+)
+def test_a_machine_with_which_nothing_can_be_computed_is_refused(
+    tmp_path: Path, before: str, after: str, expected: str
+) -> None:
+    file = tmp_path / "machine.yaml"
+    save_machine(GPUS["h100"], file)
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+    with pytest.raises(ConfigError, match="not a machine") as caught:
+        find_machine(str(file))
+    assert expected in str(caught.value)
+
+
 def test_engines_with_gpus_of_their_own_leave_the_trainer_s_alone(tmp_path: Path) -> None:
     own = ("rollout.engines=2", "rollout.devices=[4,5,6,7]", "parallel.tp=4")
     plan = planner(tmp_path, "Qwen2.5-7B", "model.recompute=full", *own).plan({})

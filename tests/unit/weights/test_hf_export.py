@@ -187,7 +187,7 @@ def test_an_existing_folder_is_kept_unless_overwriting(source: Path, tmp_path: P
     arguments = {"table": table, "source_dir": source, "dtype": torch.float32}
     HfWriter.create(out, **arguments).commit()
     (out / "mark").touch()
-    with pytest.raises(ConversionError, match="out exists; choose another folder"):
+    with pytest.raises(ConversionError, match="out exists; remove it or choose another folder"):
         HfWriter.create(out, **arguments)
     assert (out / "mark").exists()
     writer = HfWriter.create(out, **arguments, overwrite=True)
