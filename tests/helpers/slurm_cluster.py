@@ -36,6 +36,10 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
+# What a busy slurmd does not confirm in time is sent again a minute later. If that is srun's signal
+# to end a step, and the job was requeued with so short a cred_expire, then the same step of the
+# next start gets it.
+MessageTimeout=60
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
