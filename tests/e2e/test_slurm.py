@@ -68,7 +68,8 @@ def preempted(cluster, submit) -> Ended:
     job, folder = submit("preempted")
     job.wait_for_log("0 FAIL")  # the preflight; the ranks start
     job.wait_until(lambda: find_rank(job.number, 0) is not None, "rank 0")
-    cluster.run("scancel", "--signal=USR1", job.number)
+    urgent = ("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=true")
+    cluster.submit(*urgent, folder=folder.parent)
     job.wait_for_log("step 3/6")
     cluster.run("scancel", "--signal=USR1", job.number)
     return Ended(job.wait(), job.log, folder)

@@ -165,7 +165,8 @@ def compute_node(tmp_path):
             exit 0""",
         "scontrol": """
             [[ $1 == requeue ]] && kill "$PPID"
-            echo "   StartTime=Unknown EndTime=$(date -d "@$END" +%FT%T) Deadline=N/A" """,
+            echo "   StartTime=Unknown EndTime=$(date -d "@$END" +%FT%T) Deadline=N/A"
+            echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$PREEMPTED" """,
     }
     for name, lines in commands.items():
         (tools / name).write_text(f"#!/bin/bash\n{lines}\n")
@@ -178,26 +179,29 @@ AGAIN = "stopped as asked; job 7 goes back into the queue"
 
 
 @pytest.mark.parametrize(
-    ("codes", "left_s", "ends_with", "said"),
+    ("codes", "left_s", "preempted", "ends_with", "said"),
     [
-        ((0, 0), 3600, 0, ""),
-        ((0, 200), 10, REQUEUED, AGAIN),
-        ((0, 138), 3600, REQUEUED, AGAIN),
-        ((0, 138), 600, 138, "the time limit ends, and no checkpoint was written since the start"),
+        ((0, 0), 3600, "None", 0, ""),
+        ((0, 200), 10, "None", REQUEUED, AGAIN),
+        ((0, 138), 3600, "None", REQUEUED, AGAIN),
+        ((0, 138), 600, "None", 138, "the time limit ends, and no checkpoint was written since"),
+        ((138, 0), 3600, "None", REQUEUED, AGAIN),
+        ((0, 143), 3600, "2026-01-01T00:00:00", REQUEUED, AGAIN),
+        ((143, 0), 3600, "2026-01-01T00:00:00", REQUEUED, AGAIN),
         # srun's code is the largest one: a rank may have failed first, and srun ended this one.
-        ((0, 143), 3600, 143, ""),
-        ((0, 1), 3600, 1, ""),
-        ((1, 0), 3600, 1, "a node fails the preflight above; nothing was started"),
-        ((138, 0), 3600, REQUEUED, AGAIN),
+        ((0, 143), 3600, "None", 143, ""),
+        ((0, 1), 3600, "None", 1, ""),
+        ((1, 0), 3600, "None", 1, "a node fails the preflight above; nothing was started"),
     ],
 )
 def test_a_job_goes_back_into_the_queue_if_its_next_start_can_get_further(
-    compute_node, tmp_path, codes, left_s, ends_with, said
+    compute_node, tmp_path, codes, left_s, preempted, ends_with, said
 ):
     environment = compute_node | {
         "CODE_doctor": str(codes[0]),
         "CODE_train": str(codes[1]),
         "END": str(int(time.time()) + left_s),
+        "PREEMPTED": preempted,
     }
     result = run("train_cpgd.sh", "run.yaml", folder=tmp_path, **environment)
     assert result.returncode == ends_with, result.stderr
