@@ -133,6 +133,13 @@ serve_beside() {
   kill -KILL "$1" 2>/dev/null
 }
 
+# Whether the step that ended with code $1 was stopped before there was anything to save: by SIGUSR1, or
+# by SIGTERM ahead of a preemption. Any other SIGTERM is srun's own, because another rank has failed.
+stopped_early() {
+  [[ $1 == 138 ||
+    ($1 == 143 && $(scontrol show job "$SLURM_JOB_ID") == *" PreemptTime="[0-9]*) ]]
+}
+
 code=0
 run "${preflight[@]}" || code=$?
 if [[ $code == 0 ]]; then
@@ -143,7 +150,7 @@ if [[ $code == 0 ]]; then
     export MASTER_ADDR
   fi
   run "${train[@]}" || code=$?
-elif [[ $code != 138 ]]; then
+elif ! stopped_early "$code"; then
   echo "${0##*/}: a node fails the preflight above; nothing was started" >&2
   exit 1
 fi
@@ -155,16 +162,17 @@ for file in /dev/shm/megatron_cpgd_*.safetensors; do
   [[ -e $file && ! -e /proc/${pid%.safetensors} ]] && rm -f "$file"
 done
 
-# 138: SIGUSR1 came before there was anything to save. After a preemption that is no reason not to try
-# again; at the end of the time limit it is, since the next start would get no further either.
-if [[ $code == 200 || ($code == 138 && $(date +%s) -lt $((time_limit - 900))) ]]; then
+# After a preemption it is no reason not to try again that nothing was saved. At the end of the time
+# limit it is, since the next start would get no further either.
+early=$(stopped_early "$code" && echo 1 || echo 0)
+if [[ $code == 200 || ($early == 1 && $(date +%s) -lt $((time_limit - 900))) ]]; then
   echo "${0##*/}: stopped as asked; job $SLURM_JOB_ID goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || {
     echo "${0##*/}: Slurm does not requeue this job: submit the same command again" >&2
     exit "$code"
   }
   sleep 60 # Slurm ends this script meanwhile
-elif [[ $code == 138 ]]; then
+elif [[ $early == 1 ]]; then
   echo "${0##*/}: the time limit ends, and no checkpoint was written since the start: not requeued;" \
     "raise --time or checkpoint.stop_within_s" >&2
 fi

@@ -1,6 +1,7 @@
 """What a section is given and what it reports."""
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Literal
 
 Status = Literal["PASS", "FAIL", "SKIP"]
 Figures = dict[str, float | str]
+STACKS_SIGNAL = signal.SIGUSR2
+"""Has a section write where its threads stand, before it is ended for its time limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_cpgd.gpu_check.checks import Check, Setup, read_checks
+from megatron_cpgd.gpu_check.checks import STACKS_SIGNAL, Check, Setup, read_checks
 
 QUICK_S = 460.0
 """All sections together with --quick."""
@@ -90,6 +90,8 @@ def _run_section(name: str, setup: Setup, out: Path, *, root: Path, limit_s: flo
             problem = f"ended with exit code {code}: {_last_line(log)}" if code else ""
         except subprocess.TimeoutExpired:
             problem = f"no end within {limit_s:.0f} s: {_last_line(log)}"
+            process.send_signal(STACKS_SIGNAL)
+            time.sleep(1)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

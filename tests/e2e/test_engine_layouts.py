@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.layout_jobs import MODELS, RECIPES, read_recipe
+from tests.helpers.layout_jobs import ALL_RECIPES, MODELS, read_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_the_engines_of_a_hundred_random_layouts_take_every_element(model, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", ALL_RECIPES, ids=lambda path: path.stem)
 def test_the_engine_of_a_recipe_takes_every_element(recipe):
     layout = read_recipe(recipe)
     size = layout.config.rollout.engine_args.get("tensor_parallel_size", 1)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,63 @@ def test_the_last_nodes_are_for_engines(login_node, run_yaml, tmp_path):
     refused = run("train_cpgd.sh", *arguments, folder=tmp_path, **login_node)
     assert refused.returncode == 2
     assert "rollout.nodes=2 of 2 node(s) leave none for the ranks" in refused.stderr
+
+
+@pytest.fixture
+def compute_node(tmp_path):
+    """Slurm's commands as files: srun ends with $CODE_doctor or $CODE_train, scontrol as in a job.
+
+    A requeued job's script is ended; that one waits for it.
+    """
+    tools = tmp_path / "slurm"
+    tools.mkdir()
+    commands = {
+        "srun": """
+            [[ $* == *"config --counts"* ]] && echo 1 0
+            [[ $* == *" doctor "* ]] && exit "$CODE_doctor"
+            [[ $* == *" train "* ]] && exit "$CODE_train"
+            exit 0""",
+        "scontrol": """
+            [[ $1 == requeue ]] && kill "$PPID"
+            echo "   StartTime=Unknown EndTime=$(date -d "@$END" +%FT%T) Deadline=N/A"
+            echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$PREEMPTED" """,
+    }
+    for name, lines in commands.items():
+        (tools / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tools / name).chmod(0o755)
+    return {"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": sys.executable, "SLURM_JOB_ID": "7"}
+
+
+REQUEUED = -15
+AGAIN = "stopped as asked; job 7 goes back into the queue"
+
+
+@pytest.mark.parametrize(
+    ("codes", "left_s", "preempted", "ends_with", "said"),
+    [
+        ((0, 0), 3600, "None", 0, ""),
+        ((0, 200), 10, "None", REQUEUED, AGAIN),
+        ((0, 138), 3600, "None", REQUEUED, AGAIN),
+        ((0, 138), 600, "None", 138, "the time limit ends, and no checkpoint was written since"),
+        ((138, 0), 3600, "None", REQUEUED, AGAIN),
+        ((0, 143), 3600, "2026-01-01T00:00:00", REQUEUED, AGAIN),
+        ((143, 0), 3600, "2026-01-01T00:00:00", REQUEUED, AGAIN),
+        # srun's code is the largest one: a rank may have failed first, and srun ended this one.
+        ((0, 143), 3600, "None", 143, ""),
+        ((0, 1), 3600, "None", 1, ""),
+        ((1, 0), 3600, "None", 1, "a node fails the preflight above; nothing was started"),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_if_its_next_start_can_get_further(
+    compute_node, tmp_path, codes, left_s, preempted, ends_with, said
+):
+    environment = compute_node | {
+        "CODE_doctor": str(codes[0]),
+        "CODE_train": str(codes[1]),
+        "END": str(int(time.time()) + left_s),
+        "PREEMPTED": preempted,
+    }
+    result = run("train_cpgd.sh", "run.yaml", folder=tmp_path, **environment)
+    assert result.returncode == ends_with, result.stderr
+    printed = result.stdout + result.stderr
+    assert printed.startswith(f"train_cpgd.sh: {said}") if said else not printed
