@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import USER_ERROR, ConfigError, RunStopped
+from megatron_cpgd.imports import without_collection
 from megatron_cpgd.stop_request import stop_on_signals
 
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     stop_within_s = config.checkpoint.stop_within_s
     if rank is not None:
         with stop_on_signals(stop_within_s) as stop:
-            from megatron_cpgd.train import train
+            with without_collection():
+                from megatron_cpgd.train import train
 
             try:
                 train(config, stop=stop)
