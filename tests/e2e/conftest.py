@@ -11,24 +11,21 @@ import pytest
 from tests.helpers.full_run import Finished, run_cli, settings, write_assets, write_yaml
 
 HERE = Path(__file__).parent
-UNIT = HERE.parent / "unit"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With the first module here the runs of `ahead` begin; most of what follows needs one core.
+    """With the first module here the runs of `ahead` begin, so it is the first of all.
 
-    Unit tests, then modules that wait for no run of their own, then the others.
+    Other folders leave time to them. Modules that wait for no run of their own are next.
     """
     first = next((item.path for item in items if item.path.parent == HERE), None)
 
     def turn(item: pytest.Item) -> int:
         if item.path == first:
-            return 1
-        if item.path.is_relative_to(UNIT):
-            return 2
-        if item.path.parent != HERE:
             return 0
-        return 4 if hasattr(item.module, "prepare") else 3  # type: ignore[attr-defined]
+        if item.path.parent != HERE:
+            return 1
+        return 3 if hasattr(item.module, "prepare") else 2  # type: ignore[attr-defined]
 
     items.sort(key=turn)
 
