@@ -1,6 +1,7 @@
 """One thread, gloo on the loopback, and no test that this machine cannot run."""
 
 import os
+from collections.abc import Generator
 
 # Both are read when torch is imported, which no test module has done yet.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; sums keep their order
@@ -9,9 +10,17 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import pytest
 from hypothesis import settings
 
+from megatron_cpgd.imports import without_collection
+
 # A shared machine can stall any single example for longer than hypothesis' 200 ms.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with without_collection():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_cpgd.cli.arguments import Commands, add_config_arguments
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import USER_ERROR, ConfigError, RunStopped
+from megatron_cpgd.imports import without_collection
 from megatron_cpgd.stop_request import stop_on_signals
 
 
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if rank is not None:
         check_rank(os.environ)
         with stop_on_signals(stop_within_s) as stop:
-            from megatron_cpgd.train import train
+            with without_collection():
+                from megatron_cpgd.train import train
 
             try:
                 train(config, stop=stop)

@@ -6,6 +6,7 @@ import msgspec
 import zmq
 
 from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.imports import without_collection
 from megatron_cpgd.rollout.lifetime import end_with_parent, parent_lives
 from megatron_cpgd.rollout.messages import Close, Failed, Launch, Ready, Request
 
@@ -30,7 +31,8 @@ def main() -> None:
 def serve(launch: Launch, channel: "zmq.Socket[bytes]") -> int:
     """Answer requests until the client says `Close`; returns the exit code."""
     # Not at the top: vLLM takes seconds to import, and the client may die meanwhile.
-    from megatron_cpgd.rollout.vllm_requests import Engine, build_llm
+    with without_collection():
+        from megatron_cpgd.rollout.vllm_requests import Engine, build_llm
 
     try:
         engine = Engine(build_llm(launch), launch)

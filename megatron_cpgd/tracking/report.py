@@ -11,7 +11,6 @@ from megatron_cpgd.errors import ConfigError, UserError
 from megatron_cpgd.stability.detector import find_collapses
 from megatron_cpgd.tracking.console import summary_table
 from megatron_cpgd.tracking.metrics import read_metrics
-from megatron_cpgd.tracking.plot import plot_learning_curve
 from megatron_cpgd.tracking.run_folder import RunFolder
 
 
@@ -24,6 +23,9 @@ def print_report(folder: RunFolder, notes: Sequence[str] = ()) -> None:
     Raises:
         UserError: the folder holds no finished step.
     """
+    # Not at the top: matplotlib takes half a second, which every rank would wait for at its start.
+    from megatron_cpgd.tracking.plot import plot_learning_curve
+
     if not folder.metrics.exists():
         raise UserError(f"{folder.metrics}: no such file; is this the run.dir of a training run?")
     rows = read_metrics(folder.metrics)

@@ -10,6 +10,25 @@ import pytest
 
 from tests.helpers.full_run import Finished, run_cli, settings, write_assets, write_yaml
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With the first module here the runs of `ahead` begin, so it is the first of all.
+
+    Other folders leave time to them. Modules that wait for no run of their own are next.
+    """
+    first = next((item.path for item in items if item.path.parent == HERE), None)
+
+    def turn(item: pytest.Item) -> int:
+        if item.path == first:
+            return 0
+        if item.path.parent != HERE:
+            return 1
+        return 3 if hasattr(item.module, "prepare") else 2  # type: ignore[attr-defined]
+
+    items.sort(key=turn)
+
 
 @dataclass(frozen=True, slots=True)
 class CompleteRun:

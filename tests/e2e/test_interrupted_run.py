@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpgd.errors import STOPPED
-from megatron_cpgd.weight_sync.shared_memory import arena_path
+from megatron_cpgd.weight_sync.shared_memory import SHARED_MEMORY, arena_path
 from tests.helpers.full_run import (
     Command,
     Finished,
@@ -74,7 +74,7 @@ def interrupt(yaml: Path, folder: Path) -> InterruptedRun:
     def disturb(after: str, victim) -> Fault:
         with Command("train", yaml, folder=folder) as command:
             command.wait_for_output(after)
-            arena = arena_path(command.rank(0))
+            arena = SHARED_MEMORY / arena_path(command.rank(0)).name
             arena_was_there = arena.exists()
             process_id, number = victim(command)
             os.kill(process_id, number)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.full_run import ROOT, read_rows
+from tests.helpers.full_run import ENVIRONMENT, ROOT, read_rows
 
 
 def prepare(assets: Path, folder: Path) -> Callable[[], "subprocess.CompletedProcess[str]"]:
     command = [sys.executable, "-m", "tests.helpers.many_runs", str(assets), str(folder)]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
-    return partial(subprocess.run, command, **options)
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    return partial(subprocess.run, command, timeout=600, **options)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,7 @@ from tests.helpers.engines import (
     start_lab,
     write_arena,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.full_run import ENVIRONMENT, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +220,7 @@ def prepare(assets: Path, folder: Path) -> Callable[[], "subprocess.CompletedPro
     return lambda: subprocess.run(
         [sys.executable, "-m", "tests.e2e.inside_engine_process"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

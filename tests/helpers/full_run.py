@@ -18,6 +18,11 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 _LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+ENVIRONMENT = {
+    **{name: text for name, text in os.environ.items() if name not in _LAUNCHER_NAMES},
+    "PYTHONPATH": str(ROOT),
+}
+"""Of every command, as it was at the start: a test may change its own while others' runs begin."""
 
 
 def write_assets(folder: Path, experts: int = 0) -> Path:
@@ -125,13 +130,12 @@ class Command:
         """
         self._mark = f"MEGATRON_CPGD_TEST={uuid.uuid4()}"
         name, _, value = self._mark.partition("=")
-        inherited = {key: text for key, text in os.environ.items() if key not in _LAUNCHER_NAMES}
         self._files = [folder / f"{value}.out", folder / f"{value}.err"]
         self._start = time.monotonic()
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_cpgd.cli", *map(str, arguments)],
-                env={**inherited, "PYTHONPATH": str(ROOT), name: value, **environment},
+                env={**ENVIRONMENT, name: value, **environment},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

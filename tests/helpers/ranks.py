@@ -9,6 +9,7 @@ Jobs are module-level functions that get plain data and return plain data.
 
 import atexit
 import ctypes
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -37,6 +38,8 @@ def _die_with_parent() -> None:
 def _fork_ranks(requests: Connection) -> None:
     """The process that all ranks are forked from: one fork per (rank, size, store, address)."""
     _die_with_parent()
+    gc.freeze()  # else the first full collection of each rank copies the memory of all modules
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap children without waiting for them
     while True:
         place = requests.recv()

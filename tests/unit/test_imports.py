@@ -20,7 +20,7 @@ ROWS = (
     {"stability"},
     {"config"},
     {"stop_request"},
-    {"types", "errors", "files"},
+    {"types", "errors", "files", "imports"},
 )
 
 
