@@ -5,6 +5,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from vllm import LLM, CompletionOutput, SamplingParams, TokensPrompt
 
 from megatron_cpgd.errors import ConfigError, RolloutError, WeightSyncError
@@ -97,7 +99,16 @@ def build_llm(launch: Launch) -> LLM:
             )
         defaults |= CPU_ENGINE_ARGS
         defaults["max_num_batched_tokens"] = max(launch.max_model_len, PREFILL_TOKENS)
-    return LLM(**(defaults | launch.engine_args | fixed))
+    try:
+        return LLM(**(defaults | launch.engine_args | fixed))
+    except ValidationError as error:  # of vLLM's own configuration, before it loads anything
+        problems = "; ".join(map(_describe, error.errors()))
+        raise ConfigError(f"vLLM refuses the model or rollout.engine_args: {problems}") from error
+
+
+def _describe(problem: ErrorDetails) -> str:
+    where = ".".join(map(str, problem["loc"])) or "settings"
+    return f"{where}: {problem['msg']}, got {repr(problem['input'])[:100]}"
 
 
 def check_engine_args(engine_args: dict[str, Any], *, fixed: set[str]) -> None:

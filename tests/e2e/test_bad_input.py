@@ -165,7 +165,7 @@ RANK_SETTINGS = {
     ),
     "unknown Megatron option": (
         ["model.megatron.rotary_percentt=0.5"],
-        ["model.megatron.rotary_percentt: unknown option"],
+        ["model.megatron.rotary_percentt: megatron has no such option"],
     ),
     "Megatron option of ours": (
         ["model.megatron.sequence_parallel=true"],
@@ -181,7 +181,8 @@ RANK_SETTINGS = {
 @pytest.fixture
 def train_as_rank_0(workplace, monkeypatch, capsys):
     """Run `train` as a launcher starts rank 0, here, where the libraries are loaded already."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
 
     def train(overrides: list[str], expected: list[str]) -> None:
@@ -233,11 +234,18 @@ def test_a_reward_that_does_not_exist_is_reported_once(workplace):
     launch(workplace, reward, expected=["path 'nowhere.score': there is no module 'nowhere'"])
 
 
-def test_an_engine_option_that_does_not_exist_is_reported_once(workplace):
+def test_an_option_that_does_not_exist_is_found_before_a_process_starts(workplace, capsys):
+    name = "rollout.engine_args.max_num_seqz"
+    code = main(["train", str(workplace.yaml), f"{name}=3"])
+    expected = [f"{name}: vllm has no such option; did you mean 'max_num_seqs'?"]
+    assert_refused(workplace, code, capsys.readouterr().err, expected)
+
+
+def test_what_only_the_engine_refuses_is_reported_once(workplace):
     launch(
         workplace,
-        "rollout.engine_args={max_num_seqz: 3}",
-        expected=["rollout.engine_args.max_num_seqz: vLLM has no such argument", "'max_num_seqs'"],
+        "rollout.engine_args={kv_cache_dtype: fp9}",
+        expected=["vLLM refuses the model or rollout.engine_args: cache_dtype: ", "got 'fp9'"],
     )
 
 
