@@ -41,7 +41,8 @@ def open_arena(tensors: Tensors, *, beside_rank_0: bool = True) -> TensorFile | 
 def create_arena(tensors: Tensors) -> TensorFile:
     """An arena of this process, in place of what killed runs have left."""
     remove_stale_arenas()
-    return TensorFile.create(arena_path(os.getpid()), tensors, _METADATA)
+    # Nobody else on this host is to read the weights.
+    return TensorFile.create(arena_path(os.getpid()), tensors, _METADATA, mode=0o600)
 
 
 def remove_arena(arena: TensorFile) -> None:

@@ -83,6 +83,8 @@ class TensorFile:
         path: Path,
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str],
+        *,
+        mode: int = 0o666,
     ) -> Self:
         """A new zero-filled file, with all its space allocated, open for writing.
 
@@ -90,13 +92,14 @@ class TensorFile:
             path: must not exist; a file that another process maps is never cut under its feet.
             tensors: dtype and shape by name; `names` keeps this order.
             metadata: strings stored in the header.
+            mode: permissions, less those of the umask.
 
         Raises:
             ConversionError: the file exists, or its file system has no room.
         """
         header, payload_bytes = _encode_header(tensors, metadata)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         except OSError as error:
             raise ConversionError(f"{path}: cannot create the file: {error.strerror}") from error
         try:

@@ -17,6 +17,7 @@ def test_ranks_write_into_one_file_that_goes_away_at_the_end(tmp_path):
     assert [result["values"] for result in results] == [[1.0, 2.0], [1.0, 2.0]]
     assert [result["dtype"] for result in results] == ["bfloat16", "bfloat16"]
     assert len({result["path"] for result in results}) == 1
+    assert {result["mode"] for result in results} == {0o600}
     assert [result["after_rank_1_left"] for result in results] == [True, True]
     assert list(tmp_path.iterdir()) == []
 

@@ -96,7 +96,7 @@ def arena_job(folder: Path) -> dict[str, Any]:
         arena = open_arena(WeightTable((entry,)).hf_tensors(torch.bfloat16))
         arena.view("hf")[rank] = rank + 1
         dist.barrier()
-        values = arena.view("hf")
+        values, mode = arena.view("hf"), arena.path.stat().st_mode & 0o777
         if rank == 1:
             remove_arena(arena)
         dist.barrier()
@@ -108,6 +108,7 @@ def arena_job(folder: Path) -> dict[str, Any]:
         "values": values.tolist(),
         "dtype": str(values.dtype).removeprefix("torch."),
         "path": str(arena.path),
+        "mode": mode,
         "after_rank_1_left": after,
     }
 
