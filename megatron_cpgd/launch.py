@@ -119,6 +119,7 @@ def _start(
 ) -> _Rank:
     with ExitStack() as stack:
         log: BinaryIO | None = stack.enter_context(log_path.open("ab")) if log_path else None
+        log_start = log.tell() if log else 0  # the process moves it with every line
         process = subprocess.Popen(
             argv,
             env=environment,
@@ -133,7 +134,7 @@ def _start(
             name=name,
             process=process,
             log_path=log_path,
-            log_start=log.tell() if log else 0,
+            log_start=log_start,
             trains=trains,
         )
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from megatron_cpgd.errors import RUN_ERROR, UserError
 from megatron_cpgd.study.command import run_command
-from megatron_cpgd.study.pool import lock_folder
 from megatron_cpgd.study.runs import claim_folder
 from megatron_cpgd.study.scaling.cells import ScalingStudy, load_study
 from megatron_cpgd.study.scaling.collect import collect, is_done, simulate, why_not
@@ -26,6 +25,7 @@ from megatron_cpgd.study.scaling.report import write_report
 from megatron_cpgd.study.scaling.runs import run_cells
 from megatron_cpgd.study.scaling.slurm import submit
 from megatron_cpgd.study.scaling.table import Table
+from megatron_cpgd.tracking.folder_lock import lock_folder
 
 
 def main(argv: list[str] | None = None) -> int:

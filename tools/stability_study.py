@@ -20,9 +20,10 @@ from pathlib import Path
 
 from megatron_cpgd.errors import RUN_ERROR
 from megatron_cpgd.study.command import run_command
-from megatron_cpgd.study.pool import lock_folder, make_runs
+from megatron_cpgd.study.pool import make_runs
 from megatron_cpgd.study.runs import claim_folder, plan_runs
 from megatron_cpgd.study.spec import Study, load_study
+from megatron_cpgd.tracking.folder_lock import lock_folder
 
 
 def main(argv: list[str] | None = None) -> int:

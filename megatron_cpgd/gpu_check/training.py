@@ -22,9 +22,10 @@ from megatron_cpgd.gpu_check.trainer import (
     save_random_model,
     set_old_logprobs,
 )
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import GPUS, Machine
 from megatron_cpgd.planning.model import read_model
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.rates import DEVICES
 from megatron_cpgd.planning.workload import Lengths
 from megatron_cpgd.policy.fp8 import require_fp8

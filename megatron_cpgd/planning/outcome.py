@@ -8,9 +8,10 @@ from typing import Any
 from megatron_cpgd.config.load import read_config
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import UserError
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import Machine, find_machine, with_factors
 from megatron_cpgd.planning.model import read_model
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.workload import Lengths
 from megatron_cpgd.tracking.metrics import read_metrics
 from megatron_cpgd.tracking.run_folder import RunFolder

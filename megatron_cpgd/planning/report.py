@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_cpgd.planning.estimate import Plan, gib
 from megatron_cpgd.planning.memory import RankMemory
+from megatron_cpgd.planning.plan import Plan
+from megatron_cpgd.planning.problems import gib
 from megatron_cpgd.planning.search import Candidate
 
 

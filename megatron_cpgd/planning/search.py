@@ -9,9 +9,10 @@ from typing import Any
 from megatron_cpgd.config.checks import check_settings
 from megatron_cpgd.config.model_folder import check_sizes
 from megatron_cpgd.config.schema import ExperimentConfig
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import Machine
 from megatron_cpgd.planning.model import Model
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.workload import VLLM_UTILIZATION, Lengths
 
 type Overrides = dict[str, Any]
@@ -251,6 +252,8 @@ def _joined(changes: tuple[Overrides, ...]) -> Overrides | None:
 
 
 def iter_layouts(planner: Planner, gpus: int) -> Iterator[Overrides]:
+    """Sizes of all axes, and layers of unequal stages, with which the model is cut over so many
+    ranks."""
     decoder, machine = planner.model.decoder, planner.machine
     heads = math.gcd(decoder.heads, decoder.kv_heads)
     experts = decoder.experts.count if decoder.experts else 1
@@ -330,6 +333,7 @@ def _engine_share(plan: Plan) -> float | None:
 
 
 def divisors(number: int) -> list[int]:
+    """Ascending, 1 and the number included."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

@@ -25,7 +25,7 @@ from megatron_cpgd.policy.checkpoint import (
 )
 from megatron_cpgd.policy.model import build_chunks
 from megatron_cpgd.policy.parallel import ParallelInfo, init_model_parallel
-from megatron_cpgd.policy.shards import load_hf_weights, write_hf_weights
+from megatron_cpgd.policy.shards import Shards, load_hf_weights
 from megatron_cpgd.policy.transformer_config import build_transformer_config, torch_dtype
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint, read_config
 from megatron_cpgd.weights.hf_export import HfWriter
@@ -78,7 +78,7 @@ def megatron_to_hf(checkpoint_dir: Path, out_dir: Path, *, max_shard_bytes: int)
         try:
             chunks = _build(config, source, dtype, info)
             load_checkpoint(checkpoint_dir, chunks, None)
-            write_hf_weights(chunks, table, info, writer.view)
+            Shards(chunks, table, info).write(writer.view)
         except BaseException:
             writer.abort()
             raise

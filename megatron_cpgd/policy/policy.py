@@ -1,7 +1,7 @@
 """The policy: this rank's shard of the model, its optimizer, and what the loop does with them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,14 +43,7 @@ from megatron_cpgd.policy.schedule import (
     plan_rank_micro_batches,
     run_schedule,
 )
-from megatron_cpgd.policy.shards import (
-    count_elements,
-    engine_nodes_served,
-    engine_pieces,
-    iter_pieces,
-    load_hf_weights,
-    write_hf_weights,
-)
+from megatron_cpgd.policy.shards import Shards, load_hf_weights
 from megatron_cpgd.policy.transformer_config import build_transformer_config
 from megatron_cpgd.types import LossSequence, MicroBatch
 from megatron_cpgd.weights.buckets import Piece
@@ -110,6 +103,7 @@ class Policy:
         self._chunks = build_chunks(transformer, checkpoint.config, info)
         wrapped = [wrap_precision(transformer, chunk) for chunk in self._chunks]
         load_hf_weights(self._chunks, table, checkpoint, info)
+        self.shards = Shards(self._chunks, table, info)
         self._models = wrap_data_parallel(transformer, config.optim, wrapped)
         self._optimizer = build_optimizer(transformer, config.optim, self._models)
         self._state = DeviceState(self._models, self._optimizer)
@@ -339,34 +333,19 @@ class Policy:
             view: None on ranks that do not share rank 0's host.
         """
         self.reload()
-        write_hf_weights(self._chunks, self._table, self.info, view)
+        self.shards.write(view)
 
     def write_engine_weights(
         self, view: Callable[[str], Tensor] | None, format: EngineFormat
     ) -> Fingerprints:
-        """The same into the tensors that an engine of this format loads; returns the sums of what
-        it is to read."""
+        """See `Shards.write_for_engine`."""
         self.reload()
-        sums = write_hf_weights(self._chunks, self._table, self.info, view, format)
-        assert sums is not None
-        return sums
-
-    def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
-        """See `shards.engine_nodes_served`."""
-        return engine_nodes_served(self._chunks, self._table, self.info, nodes)
-
-    def count_elements(self) -> dict[bool, int]:
-        """See `shards.count_elements`."""
-        return count_elements(self._chunks, self._table, self.info)
-
-    def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
-        """See `shards.engine_pieces`."""
-        return engine_pieces(self._chunks, self._table, self.info, format)
+        return self.shards.write_for_engine(view, format)
 
     def iter_pieces(self) -> Iterator[Piece]:
         """Every part of a full Hugging Face tensor that this rank holds: name, place, view of the
         weight. No collective."""
-        return iter_pieces(self._chunks, self._table, self.info)
+        return self.shards.iter_pieces()
 
     def save(
         self, path: Path, trainer_state: dict[str, Any], files: Mapping[str, bytes] | None = None

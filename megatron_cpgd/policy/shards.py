@@ -63,146 +63,145 @@ def load_hf_weights(
         import_shard(table.entry(name), tensor, checkpoint.read, info)
 
 
-@torch.no_grad()
-def write_hf_weights(
-    chunks: list[Any],
-    table: WeightTable,
-    info: ParallelInfo,
-    view: Callable[[str], Tensor] | None,
-    format: EngineFormat | None = None,
-) -> Fingerprints | None:
-    """Write the model into the full HF tensors that `view` maps by name. Collective over the world.
+class Shards:
+    """This rank's shards as parts of full HF tensors."""
 
-    Ranks write disjoint parts; those that hold the same shard take turns. Ranks on other hosts than
-    rank 0 write only what no rank beside it holds: they send it there. On return every rank has
-    written, and the count of elements proves that each tensor was written once and whole.
+    def __init__(self, chunks: list[Any], table: WeightTable, info: ParallelInfo) -> None:
+        """
+        Args:
+            chunks: GPTModel chunks.
+        """
+        self._chunks, self._table, self._info = chunks, table, info
 
-    Args:
-        view: None on ranks that do not share rank 0's host.
-        format: of an engine, for which the weights are quantised and summed up; None: as they are.
+    @torch.no_grad()
+    def write(self, view: Callable[[str], Tensor] | None) -> None:
+        """Write the model into the full HF tensors that `view` maps by name. Collective over the
+        world.
 
-    Returns:
-        Of the weights on the ranks that hold them, not of what `view` maps.
+        Ranks write disjoint parts; those that hold the same shard take turns. Ranks on other hosts
+        than rank 0 write only what no rank beside it holds: they send it there. On return every
+        rank has written, and the count of elements proves that each tensor was written once and
+        whole.
 
-    Raises:
-        ConversionError: on every rank, naming the tensors that were not.
-    """
-    tally = Tally(engine_tensors(table, format or "bf16"), device.current())
-    own = _own_weights(chunks, table, info)
-    pieces: Iterable[Piece] = (
-        piece for entry, tensor in own for piece in _pieces(entry, tensor, info)
-    )
-    if format is not None:
-        pieces = tally.summed(_engine_cast(chunks, table, info, format)(pieces))
-    if view is None:
-        channel = RankChannel(receiver_of(info))
-        send_buckets([channel], iter_buckets(pieces))
-        end_buckets(channel)
+        Args:
+            view: None on ranks that do not share rank 0's host.
+
+        Raises:
+            ConversionError: on every rank, naming the tensors that were not.
+        """
+        tally = Tally(engine_tensors(self._table, "bf16"), device.current())
+        self._write(self._own_pieces(), tally, view)
+
+    @torch.no_grad()
+    def write_for_engine(
+        self, view: Callable[[str], Tensor] | None, format: EngineFormat
+    ) -> Fingerprints:
+        """The same into the tensors that an engine loads; returns the sums of what the ranks hold,
+        in its format."""
+        tally = Tally(engine_tensors(self._table, format), device.current())
+        pieces = self._engine_cast(format)(self._own_pieces())
+        self._write(tally.summed(pieces), tally, view)
+        return tally.fingerprints
+
+    def iter_pieces(self, *, experts: bool | None = None) -> Iterator[Piece]:
+        """Every part of a full HF tensor that this rank holds, as a view of its weight.
+
+        Other ranks may hold the same parts.
+
+        Args:
+            experts: only those of experts, or only the others.
+        """
+        for name, tensor in self._weights():
+            entry = self._table.entry(name)
+            if experts is None or entry.expert == experts:
+                yield from self._pieces(entry, tensor.detach())
+
+    def engine_pieces(self, format: EngineFormat) -> dict[bool, Iterable[Piece]]:
+        """Every part of the tensors of experts (True), and of the others, that this rank holds, as
+        an engine takes them. Collective over the ranks that share tensors."""
+        cast = self._engine_cast(format)
+        return {experts: cast(self.iter_pieces(experts=experts)) for experts in (False, True)}
+
+    def count_elements(self) -> dict[bool, int]:
+        """Of the parts that this rank holds of the tensors of experts (True), and of the others."""
+        return {
+            experts: sum(values.numel() for _, _, values in self.iter_pieces(experts=experts))
+            for experts in (False, True)
+        }
+
+    def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
+        """The engine nodes to which this rank sends its weights: those of experts (True), the
+        others.
+
+        Of k replicas of the dense layers, number i serves the nodes i, i + k ...; of the experts,
+        which have replicas of their own, likewise. So every node gets the whole model, and no rank
+        sends another one's part.
+        """
+        held = {self._table.entry(name).expert for name, _ in self._weights()}
+        replicas = {experts: _replicas(experts=experts) for experts in sorted(held)}
+        return {
+            experts: range(ranks.index(self._info.rank), nodes, len(ranks))
+            for experts, ranks in replicas.items()
+        }
+
+    def _write(
+        self, pieces: Iterable[Piece], tally: Tally, view: Callable[[str], Tensor] | None
+    ) -> None:
+        if view is None:
+            channel = RankChannel(receiver_of(self._info))
+            send_buckets([channel], iter_buckets(pieces))
+            end_buckets(channel)
+        else:
+            senders = senders_to(self._info)
+            received = (receive_pieces(RankChannel(sender)) for sender in senders)
+            for name, place, values in chain(pieces, *received):
+                view(name)[place].copy_(values)
+                tally.wrote(name, values)
+        dist.all_reduce(tally.counts)
+        tally.check()
+
+    def _engine_cast(self, format: EngineFormat) -> Callable[[Iterable[Piece]], Iterable[Piece]]:
+        """What makes pieces of this rank those that an engine takes; collective as above."""
+        weights = ((self._table.entry(name), tensor) for name, tensor in self._weights())
+        held = ((entry, self._pieces(entry, tensor.detach())) for entry, tensor in weights)
+        factors = block_factors(held, self._table) if format == "fp8_block" else {}
+        tensors = engine_tensors(self._table, format)
+
+        def cast(pieces: Iterable[Piece]) -> Iterator[Piece]:
+            for name, place, values in quantized_pieces(pieces, factors):
+                yield name, place, values.to(tensors[name][0])
+
+        return cast
+
+    def _own_pieces(self) -> Iterator[Piece]:
+        """Those that it is this rank's turn to write, among the ranks that hold the same shard."""
+        turns = {
+            experts: _turn(_replicas(experts=experts), self._info) for experts in (False, True)
+        }
+        for i, (name, tensor) in enumerate(self._weights()):
+            entry = self._table.entry(name)
+            mine, writers = turns[entry.expert]
+            if i % writers == mine:
+                yield from self._pieces(entry, tensor)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter_weights(self._chunks, self._info)
+
+    def _pieces(self, entry: Entry, tensor: Tensor) -> Iterator[Piece]:
+        return export_pieces(entry, tensor, **_cut(entry, self._info))
+
+
+def _replicas(*, experts: bool) -> list[int]:
+    """The ranks that hold the same shards as this one, of experts or of all else."""
+    if experts:
+        group = parallel_state.get_expert_data_parallel_group()
     else:
-        received = (receive_pieces(RankChannel(sender)) for sender in senders_to(info))
-        for name, place, values in chain(pieces, *received):
-            view(name)[place].copy_(values)
-            tally.wrote(name, values)
-    dist.all_reduce(tally.counts)
-    tally.check()
-    return tally.fingerprints if format is not None else None
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return dist.get_process_group_ranks(group)
 
 
-def engine_nodes_served(
-    chunks: list[Any], table: WeightTable, info: ParallelInfo, nodes: int
-) -> dict[bool, range]:
-    """The engine nodes to which this rank sends its weights: those of experts (True), the others.
-
-    Of k replicas of the dense layers, number i serves the nodes i, i + k ...; of the experts, which
-    have replicas of their own, likewise. So every node gets the whole model, and no rank sends
-    another one's part.
-    """
-    groups = {
-        False: parallel_state.get_data_parallel_group(with_context_parallel=True),
-        True: parallel_state.get_expert_data_parallel_group(),
-    }
-    held = {table.entry(name).expert for name, _ in iter_weights(chunks, info)}
-    replicas = {experts: dist.get_process_group_ranks(groups[experts]) for experts in held}
-    return {
-        experts: range(ranks.index(info.rank), nodes, len(ranks))
-        for experts, ranks in sorted(replicas.items())
-    }
-
-
-def count_elements(chunks: list[Any], table: WeightTable, info: ParallelInfo) -> dict[bool, int]:
-    """Of the parts that this rank holds of the tensors of experts (True), and of the others."""
-    return {
-        experts: sum(
-            values.numel() for _, _, values in iter_pieces(chunks, table, info, experts=experts)
-        )
-        for experts in (False, True)
-    }
-
-
-def iter_pieces(
-    chunks: list[Any], table: WeightTable, info: ParallelInfo, *, experts: bool | None = None
-) -> Iterator[Piece]:
-    """Every part of a full HF tensor that this rank holds, as a view of its weight.
-
-    Other ranks may hold the same parts.
-
-    Args:
-        experts: only those of experts, or only the others.
-    """
-    for name, tensor in iter_weights(chunks, info):
-        entry = table.entry(name)
-        if experts is None or entry.expert == experts:
-            yield from _pieces(entry, tensor.detach(), info)
-
-
-def engine_pieces(
-    chunks: list[Any], table: WeightTable, info: ParallelInfo, format: EngineFormat
-) -> dict[bool, Iterable[Piece]]:
-    """Every part of the tensors of experts (True), and of the others, that this rank holds, as an
-    engine takes them. Collective over the ranks that share tensors."""
-    cast = _engine_cast(chunks, table, info, format)
-    return {
-        experts: cast(iter_pieces(chunks, table, info, experts=experts))
-        for experts in (False, True)
-    }
-
-
-def _engine_cast(
-    chunks: list[Any], table: WeightTable, info: ParallelInfo, format: EngineFormat
-) -> Callable[[Iterable[Piece]], Iterable[Piece]]:
-    """What makes pieces of this rank those that an engine takes; collective as above."""
-    weights = ((table.entry(name), tensor) for name, tensor in iter_weights(chunks, info))
-    held = ((entry, _pieces(entry, tensor.detach(), info)) for entry, tensor in weights)
-    factors = block_factors(held, table) if format == "fp8_block" else {}
-    tensors = engine_tensors(table, format)
-
-    def cast(pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for name, place, values in quantized_pieces(pieces, factors):
-            yield name, place, values.to(tensors[name][0])
-
-    return cast
-
-
-def _pieces(entry: Entry, tensor: Tensor, info: ParallelInfo) -> Iterator[Piece]:
-    return export_pieces(entry, tensor, **_cut(entry, info))
-
-
-def _own_weights(
-    chunks: list[Any], table: WeightTable, info: ParallelInfo
-) -> Iterator[tuple[Entry, Tensor]]:
-    """Those that it is this rank's turn to write, among the ranks that hold the same shard."""
-    turn = _turn(parallel_state.get_data_parallel_group(with_context_parallel=True), info)
-    expert_turn = _turn(parallel_state.get_expert_data_parallel_group(), info)
-    for i, (name, tensor) in enumerate(iter_weights(chunks, info)):
-        entry = table.entry(name)
-        mine, writers = expert_turn if entry.expert else turn
-        if i % writers == mine:
-            yield entry, tensor
-
-
-def _turn(replicas: Any, info: ParallelInfo) -> tuple[int | None, int]:
+def _turn(ranks: list[int], info: ParallelInfo) -> tuple[int | None, int]:
     """This rank's place among those that write their common shard, and how many they are."""
-    ranks = dist.get_process_group_ranks(replicas)
     writers = [rank for rank in ranks if info.hosts[rank] == info.hosts[0]] or ranks
     return writers.index(info.rank) if info.rank in writers else None, len(writers)
 

@@ -1,19 +1,17 @@
 """Worker processes for the runs of a study: a dead one is replaced, its run is tried again."""
 
-import fcntl
 import itertools
 import multiprocessing
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from megatron_cpgd.errors import UserError
 from megatron_cpgd.study.runs import StudyRun
 from megatron_cpgd.study.worker import Broken, Ended, work
 from megatron_cpgd.weight_sync.shared_memory import remove_stale_arenas
@@ -54,21 +52,6 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
-
-
-@contextmanager
-def lock_folder(out: Path) -> Iterator[None]:
-    """Keep a second study tool out of the folder; the kernel drops the lock of a dead process.
-
-    Raises:
-        UserError: another one is running here.
-    """
-    with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is running this study") from error
-        yield
 
 
 def make_runs(

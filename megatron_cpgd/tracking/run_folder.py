@@ -1,28 +1,17 @@
-"""The output folder of a run: where each file lies, which versions wrote them, and whose it is."""
+"""The output folder of a run: where each file lies, and which versions wrote them."""
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import re
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpgd.errors import ConfigError
 from megatron_cpgd.files import write_text_atomic
-
-END_S = 15.0
-"""For a killed run to be gone from this host."""
-LEASE_S = 120.0
-"""For a network file system to take back the lock of a host that is gone."""
-_POLL_S = 0.2
+from megatron_cpgd.tracking.folder_lock import lock_folder
 
 _DISTRIBUTIONS = {
     "megatron_cpgd": ("megatron-cpgd",),
@@ -118,30 +107,9 @@ class RunFolder:
         file = self.checkpoints / "latest"
         return file.read_text().strip() if file.is_file() else None
 
-    @contextmanager
-    def claim(self) -> Iterator[None]:
-        """Keep other runs out as long as this one writes here; the kernel lets go of a dead one's.
-
-        Raises:
-            ConfigError: another run writes here.
-        """
-        self.dir.mkdir(parents=True, exist_ok=True)
-        here, start = socket.gethostname(), time.monotonic()
-        with (self.dir / "run.lock").open("a+") as file:
-            while not _lock(file.fileno()):
-                file.seek(0)
-                owner = file.read().strip()
-                limit_s = END_S if owner.startswith(f"{here},") else LEASE_S
-                if time.monotonic() > start + limit_s:
-                    raise ConfigError(
-                        f"run.dir={self.dir}: another run writes to this folder ({owner}); wait "
-                        "for its end, or use another run.dir"
-                    )
-                time.sleep(_POLL_S)
-            file.truncate(0)
-            file.write(f"{here}, process {os.getpid()}\n")
-            file.flush()
-            yield
+    def claim(self) -> AbstractContextManager[None]:
+        """Keep other runs out as long as this one writes here; see `lock_folder`."""
+        return lock_folder(self.dir, "run.lock", waits=True)
 
     def is_complete(self, steps: int) -> bool:
         """Whether the last of `steps` steps is saved and exported: there is nothing left to do."""
@@ -151,16 +119,6 @@ class RunFolder:
         """Write versions.json, replacing the one of an earlier start."""
         self.dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.versions, json.dumps(find_versions(), indent=2) + "\n")
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 def find_versions() -> dict[str, str]:

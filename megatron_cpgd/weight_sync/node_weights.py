@@ -29,8 +29,8 @@ _REASON_S = 5.0
 """After a connection broke: for rank 0 to notice that the node is lost, and to say so."""
 
 
-class PieceSource(Protocol):
-    """The part of a policy that this needs."""
+class NodePieces(Protocol):
+    """The part of a rank's shards that this needs."""
 
     def engine_nodes_served(self, nodes: int) -> dict[bool, range]:
         """The nodes to which this rank sends the weights of experts (True), and the others."""
@@ -47,7 +47,7 @@ class NodeWeights:
 
     def __init__(
         self,
-        policy: PieceSource,
+        shards: NodePieces,
         table: WeightTable,
         format: EngineFormat,
         nodes: EngineNodes | None,
@@ -62,13 +62,13 @@ class NodeWeights:
             nodes: rank 0's.
             count: number of nodes.
         """
-        self._policy, self._nodes, self._count = policy, nodes, count
+        self._shards, self._nodes, self._count = shards, nodes, count
         self._tensors, self._format = engine_tensors(table, format), format
-        self._served = policy.engine_nodes_served(count)
+        self._served = shards.engine_nodes_served(count)
         self._step_timeout_s = step_timeout_s
         rank, timeout = dist.get_rank(), timedelta(seconds=start_timeout_s + step_timeout_s)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        elements = policy.count_elements()
+        elements = shards.count_elements()
         mine: Counter[int] = Counter()
         for experts, served in self._served.items():
             mine.update(dict.fromkeys(served, elements[experts]))
@@ -141,7 +141,7 @@ class NodeWeights:
 
         @torch.no_grad()
         def send_all() -> None:
-            pieces = self._policy.engine_pieces(self._format)
+            pieces = self._shards.engine_pieces(self._format)
             for experts, served in self._served.items():
                 if served:
                     own = tally.summed(pieces[experts]) if 0 in served else pieces[experts]

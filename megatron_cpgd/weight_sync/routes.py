@@ -27,7 +27,7 @@ def open_route(
     rollout, format = config.rollout, config.precision.engine_weights
     if rollout.nodes:
         return NodeWeights(
-            policy,
+            policy.shards,
             table,
             format,
             engine.nodes if isinstance(engine, RemoteEngineGroup) else None,

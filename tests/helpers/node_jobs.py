@@ -97,7 +97,13 @@ def node_weights_job(
         patch.object(node_weights, "_REASON_S", 5.0 if hub else 0.0),
     ):
         weights = NodeWeights(
-            policy, policy._table, format, hub, count=nodes, start_timeout_s=30, step_timeout_s=30
+            policy.shards,
+            policy._table,
+            format,
+            hub,
+            count=nodes,
+            start_timeout_s=30,
+            step_timeout_s=30,
         )
         try:
             for version in (1,) if lost else (1, 2):
@@ -109,9 +115,9 @@ def node_weights_job(
                 dist.all_reduce(Tally(engine_tensors(policy._table, format), CPU).counts)
         dist.barrier()
         sent: Counter[int] = Counter()
-        for experts, pieces in policy.engine_pieces(format).items():
+        for experts, pieces in policy.shards.engine_pieces(format).items():
             nbytes = sum(values.nbytes for _, _, values in pieces)
-            for node in policy.engine_nodes_served(nodes).get(experts, ()):
+            for node in policy.shards.engine_nodes_served(nodes).get(experts, ()):
                 sent[node] += nbytes
         result.sent = dict(sent)
     for report in result.reports:

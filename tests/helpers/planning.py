@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpgd.planning.activations import Passes
-from megatron_cpgd.planning.estimate import Plan, estimate
+from megatron_cpgd.planning.estimate import estimate
 from megatron_cpgd.planning.generation import Requests
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GPUS, Machine, with_factors
 from megatron_cpgd.planning.memory import EngineSettings, TrainerSettings
 from megatron_cpgd.planning.model import Model, read_model
 from megatron_cpgd.planning.passes import Batch
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.workload import Workload
 
 MODELS = Path(__file__).parents[2] / "configs/models"

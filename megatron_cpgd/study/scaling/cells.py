@@ -11,9 +11,9 @@ from megatron_cpgd.config.load import load_config
 from megatron_cpgd.config.model_folder import check_sizes
 from megatron_cpgd.config.schema import ExperimentConfig
 from megatron_cpgd.errors import ConfigError
-from megatron_cpgd.planning.estimate import Plan
 from megatron_cpgd.planning.machine import Machine, find_machine
 from megatron_cpgd.planning.model import read_model
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.search import (
     Overrides,
     Planner,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cpgd.files import write_text_atomic
-from megatron_cpgd.planning.estimate import Plan
 from megatron_cpgd.planning.outcome import Outcome
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.study.rows import format_csv
 from megatron_cpgd.study.scaling.cells import Cell, Series
 

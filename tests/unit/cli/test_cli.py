@@ -119,7 +119,7 @@ def test_train_refuses_to_end_before_the_step_where_the_run_is(run_yaml, capsys)
 def test_a_refused_start_does_not_remove_the_folder_that_another_run_has_made_meanwhile(
     run_yaml, monkeypatch
 ):
-    monkeypatch.setattr("megatron_cpgd.tracking.run_folder.END_S", 0.0)
+    monkeypatch.setattr("megatron_cpgd.tracking.folder_lock.END_S", 0.0)
     folder = RunFolder(run_yaml.parent / "run")
     with ExitStack() as stack:
 

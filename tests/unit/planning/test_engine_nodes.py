@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megatron_cpgd.config.load import read_config
-from megatron_cpgd.planning import estimate
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning import memory
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import GPUS, cpu_machine
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.search import UTILIZATION, Planner, find_fixes
 from megatron_cpgd.planning.workload import assumed_lengths
 from megatron_cpgd.weight_sync import receiver
@@ -109,7 +110,7 @@ def test_a_plan_knows_what_a_node_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max_receivers("nccl") == GPUS["h100"].receivers
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     assert max_receivers("gloo") == replace(cpu_machine(), gpus_per_node=12).receivers == 3
-    assert estimate.SENDERS_AT_A_TIME == receiver.SENDERS_AT_A_TIME
+    assert memory.SENDERS_AT_A_TIME == receiver.SENDERS_AT_A_TIME
 
 
 def test_more_engines_than_a_node_has_gpus_for_is_a_problem(tmp_path: Path) -> None:

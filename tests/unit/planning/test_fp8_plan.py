@@ -8,13 +8,14 @@ import torch
 
 from megatron_cpgd.config.load import read_config
 from megatron_cpgd.planning.activations import Passes, layer_bytes
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.fp8 import Fp8, weight_copies
 from megatron_cpgd.planning.generation import iteration_seconds
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GPUS, with_factors
 from megatron_cpgd.planning.memory import EngineSettings, engine_memory
 from megatron_cpgd.planning.passes import Batch, pass_seconds
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.workload import assumed_lengths
 from megatron_cpgd.weights.quantize import quantized_tensors
 from megatron_cpgd.weights.registry import weight_table

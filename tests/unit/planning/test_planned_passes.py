@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import GPUS
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.workload import assumed_lengths
 from tests.helpers.planning import MODELS, public_model
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_cpgd.planning.activations import Passes
-from megatron_cpgd.planning.estimate import Plan
 from megatron_cpgd.planning.fp8 import Fp8
 from megatron_cpgd.planning.layout import Layout
 from megatron_cpgd.planning.machine import GPUS
 from megatron_cpgd.planning.passes import Batch, pass_seconds
+from megatron_cpgd.planning.plan import Plan
 from tests.helpers.planning import H20, public_model, published_plan
 
 DEEPSEEK = {

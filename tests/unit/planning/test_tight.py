@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cpgd.config.load import load_config, read_config
-from megatron_cpgd.planning.estimate import Plan, make_plan
+from megatron_cpgd.planning.estimate import make_plan
 from megatron_cpgd.planning.machine import GIB, GPUS
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.report import as_json, format_plan
 from megatron_cpgd.planning.search import UTILIZATION
 from megatron_cpgd.planning.workload import assumed_lengths

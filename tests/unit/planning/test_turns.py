@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_cpgd.config.load import load_config
-from megatron_cpgd.planning.estimate import Plan
 from megatron_cpgd.planning.machine import GIB, GPUS
+from megatron_cpgd.planning.plan import Plan
 from megatron_cpgd.planning.search import Planner, find_fixes
 from megatron_cpgd.planning.workload import assumed_lengths
 from tests.helpers.planning import MODELS, public_config, public_model

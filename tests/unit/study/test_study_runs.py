@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpgd.errors import ConfigError, UserError
-from megatron_cpgd.study.pool import lock_folder, make_runs
+from megatron_cpgd.errors import ConfigError
+from megatron_cpgd.study.pool import make_runs
 from megatron_cpgd.study.runs import claim_folder, plan_runs
 from megatron_cpgd.study.spec import load_study
+from megatron_cpgd.tracking.folder_lock import lock_folder
 from tests.helpers import study as workers
 from tests.helpers.full_run import ROOT
 
@@ -129,7 +130,7 @@ def test_a_folder_belongs_to_one_study(make_study, tmp_path):
 def test_two_tools_do_not_work_in_one_folder(tmp_path):
     with (
         lock_folder(tmp_path),
-        pytest.raises(UserError, match="another process is running"),
+        pytest.raises(ConfigError, match="another process writes to this folder"),
         lock_folder(tmp_path),
     ):
         pass

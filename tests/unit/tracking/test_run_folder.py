@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpgd.errors import ConfigError
-from megatron_cpgd.tracking import run_folder
+from megatron_cpgd.tracking import folder_lock
 from megatron_cpgd.tracking.run_folder import RunFolder
 
 
@@ -82,13 +82,15 @@ def test_a_second_run_is_refused_as_long_as_the_first_one_lives(
     tmp_path, holder, monkeypatch, host, grace
 ):
     for name in ("END_S", "LEASE_S"):
-        monkeypatch.setattr(run_folder, name, 0.3 if name == grace else 60.0)
+        monkeypatch.setattr(folder_lock, name, 0.3 if name == grace else 60.0)
     first = holder(host)
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(ConfigError, match=rf"another run writes .*\({host}, process {first.pid}\)"):
+    with pytest.raises(
+        ConfigError, match=rf"another process writes .*\({host}, process {first.pid}\)"
+    ):
         folder.claim().__enter__()
     first.kill()
-    monkeypatch.setattr(run_folder, grace, 60.0)
+    monkeypatch.setattr(folder_lock, grace, 60.0)
     with folder.claim():
         pass
     with folder.claim():
