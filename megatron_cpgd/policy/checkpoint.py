@@ -8,13 +8,14 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -29,6 +30,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpgd.errors import ConversionError, RunError
+from megatron_cpgd.policy.optimizer_shards import (
+    OwnState,
+    empty_state,
+    own_state,
+    restore,
+    sharded_state,
+)
 from megatron_cpgd.weights.carried import CarriedTensors
 from megatron_cpgd.weights.hf_checkpoint import HfCheckpoint
 from megatron_cpgd.weights.hf_export import copy_side_files
@@ -42,6 +50,8 @@ HF_FILES = "hf"
 NOT_TRAINED = "not_trained.safetensors"
 """What the model's source has beside the model, e.g. layers that predict further tokens."""
 FORMAT = "megatron_cpgd/1"
+_TENSORS = "optimizer_tensors"
+"""Key of what the distributed optimizer has for each parameter."""
 
 
 def save_checkpoint(
@@ -75,9 +85,12 @@ def save_checkpoint(
     # everything again (6 to 20 s) and outlives a killed rank; a synchronous save needs neither.
     filesystem_async._results_queue = queue.Queue()
     metadata = _metadata()
+    state = _model_state(chunks, metadata)
+    if optimizer is not None:
+        state |= _optimizer_state(optimizer, state, metadata)
     try:
         dist_checkpointing.save(
-            _sharded_state(chunks, optimizer, metadata, is_loading=False),
+            state,
             str(partial),
             FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
             content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
@@ -117,21 +130,28 @@ def load_checkpoint(
     manifest = check_checkpoint(path)
     stored = optimizer if manifest["has_optimizer"] else None
     metadata = _metadata()
-    if stored is not None:
-        # torch's Adam has no state before its first step, and upstream reads the state's shape.
+    state = _model_state(chunks, metadata)
+    read: list[tuple[DistributedOptimizer, OwnState]] = []
+    if stored is not None and _is_distributed(stored):
         for part in stored.chained_optimizers:
-            if isinstance(part, DistributedOptimizer):  # the others do it by themselves
-                part._init_optimizer_states_with_dummy_values()
-    state = dist_checkpointing.load(
-        _sharded_state(chunks, stored, metadata, is_loading=True),
+            # torch's Adam has no state before its first step.
+            part._init_optimizer_states_with_dummy_values()
+            read.append((part, empty_state(part)))
+        state[_TENSORS] = _tensors(read, state)
+    elif stored is not None:
+        state["optimizer"] = stored.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    loaded = dist_checkpointing.load(
+        state,
         str(path),
         FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group()),
     )
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[_chunk_key(i, len(chunks))], strict=False)
+        chunk.load_state_dict(loaded[_chunk_key(i, len(chunks))], strict=False)
     if stored is not None:
         with torch.no_grad():
-            stored.load_state_dict(_fit_parts(state["optimizer"], stored))
+            stored.load_state_dict(_fit_parts(loaded["optimizer"], stored))
+            for part, tensors in read:
+                restore(part, tensors)
     elif optimizer is not None:
         optimizer.reload_model_params()  # the fp32 copies of bf16 weights
     trainer_state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
@@ -186,7 +206,6 @@ def carried_file(path: Path, table: WeightTable) -> Path | None:
 
 
 def _metadata() -> dict[str, Any]:
-    # Upstream's default, fully_sharded_model_space, can no longer be saved in 0.19.
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -203,33 +222,46 @@ def _chunk_key(index: int, count: int) -> str:
     return f"model{index}" if count > 1 else "model"
 
 
-def _sharded_state(
-    chunks: list[Any],
-    optimizer: MegatronOptimizer | None,
-    metadata: dict[str, Any],
-    *,
-    is_loading: bool,
-) -> dict[str, Any]:
-    state: dict[str, Any] = {
+def _model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
         _chunk_key(i, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
         for i, chunk in enumerate(chunks)
     }
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=metadata
-        )
-    return state
 
 
-def _fit_parts(state: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+def _optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """To be saved beside `model_state`."""
+    if not _is_distributed(optimizer):
+        return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
+    parts = optimizer.chained_optimizers
+    optimizer._synchronize_steps()
+    tensors = _tensors([(part, own_state(part)) for part in parts], model_state)
+    return {"optimizer": parts[0].state_dict(), _TENSORS: tensors}
+
+
+def _tensors(
+    states: Sequence[tuple[DistributedOptimizer, OwnState]], model_state: dict[str, Any]
+) -> dict[str, ShardedTensor]:
+    return {
+        name: tensor
+        for part, own in states
+        for name, tensor in sharded_state(part, own, model_state).items()
+    }
+
+
+def _is_distributed(optimizer: MegatronOptimizer) -> bool:
+    return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+
+
+def _fit_parts(state: dict[Any, Any], optimizer: MegatronOptimizer) -> Any:
     """Loaded optimizer state in the form that this layout's optimizer takes.
 
     Experts that are spread over other ranks than dense layers have an optimizer of their own: the
-    number of parts depends on ep and etp. Tensors arrive in the parts of this layout; plain values,
-    as the Adam step, in those that were saved, and they are the same for all parts.
+    number of parts depends on ep and etp. Plain values, as the Adam step, are the same for all.
     """
-    parts = optimizer.chained_optimizers
-    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+    if not _is_distributed(optimizer):
         if len({type(key) for key in state}) > 1:  # single and numbered parts
             raise ConversionError(
                 "the checkpoint has another number of optimizers (one, or one for experts and one "
@@ -237,18 +269,15 @@ def _fit_parts(state: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any,
                 "convert; resume with the parallel.tp, ep and etp that saved it"
             )
         return state
-    plain = state if "optimizer" in state else state[0]
+    plain = state["optimizer"]
 
-    def fit(part: MegatronOptimizer, tensors: dict[str, Any]) -> dict[str, Any]:
+    def fit(part: MegatronOptimizer) -> dict[str, Any]:
         expert = part.param_groups[0]["is_expert_parallel"]
-        groups = [g | {"is_expert_parallel": expert} for g in plain["optimizer"]["param_groups"]]
-        inner = plain["optimizer"] | {"param_groups": groups}
-        return plain | {"optimizer": inner, "param_state": tensors.get("param_state", {})}
+        groups = [group | {"is_expert_parallel": expert} for group in plain["param_groups"]]
+        return {"optimizer": plain | {"param_groups": groups}}
 
-    if len(parts) == 1:
-        return fit(parts[0], state)
-    # Upstream leaves out a part without tensors, as on a pipeline stage without experts.
-    return {i: fit(part, state.get(i, {})) for i, part in enumerate(parts)}
+    parts = optimizer.chained_optimizers
+    return fit(parts[0]) if len(parts) == 1 else [fit(part) for part in parts]
 
 
 def _commit(

@@ -11,6 +11,7 @@ from megatron_cpgd.policy.checkpoint import check_checkpoint
 from tests.helpers.checkpoint_jobs import (
     broken_step_job,
     continue_job,
+    optimizer_state_job,
     roll_back_job,
     save_job,
     upstream_step_job,
@@ -95,6 +96,35 @@ def test_experts_resume_under_another_layout(experts, source, target, tmp_path):
     expected, result = results
     assert result["optimizer_steps"] == 3
     assert (result["logprobs"] - expected).abs().max() < 1e-3
+
+
+# Ranges of data-parallel ranks begin within rows, gate and up share a matrix, a head is tied.
+STATES = {
+    "qwen3_tp2_dp2": ("qwen3", {"tp": 2, "dp": 2}),
+    "qwen3_dp3_bf16": ("qwen3", {"dp": 3}),
+    "tied_pp2_dp2": ("tied", {"pp": 2, "dp": 2}),
+    "qwen3_moe_dp4_ep2": ("qwen3_moe", {"dp": 4, "ep": 2}),
+    "gpt_oss_tp2_dp2_ep2": ("gpt_oss", {"tp": 2, "dp": 2, "ep": 2}),
+    "deepseek_v3_pp2_dp2": ("deepseek_v3", {"pp": 2, "dp": 2}),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_each_rank_saves_its_own_optimizer_state_alone_and_megatron_reads_the_whole(case, tmp_path):
+    name, parallel = STATES[case]
+    path = tmp_path / "model"
+    sizes = {"tie_word_embeddings": True} if name == "tied" else {}
+    save_tiny_model(path, name.replace("tied", "qwen3"), **sizes)
+    plain = tiny_sequences()
+    [logprobs] = run_distributed(1, logprobs_job, tiny_config(path), plain)
+    precision = {"train": "bf16" if case.endswith("bf16") else "fp32"}
+    config = tiny_config(path, parallel=parallel, precision=precision)
+    ranks, folder = config.parallel.world_size, tmp_path / "step_000001"
+    sequences = with_old_logprobs(plain, logprobs)
+    results = run_distributed(ranks, optimizer_state_job, config, sequences, folder)
+    for equal, saved, held in results:
+        assert equal
+        assert saved == held
 
 
 def test_sinks_and_biases_of_experts_resume_under_another_layout(tmp_path):

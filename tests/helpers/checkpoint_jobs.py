@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
 from megatron_cpgd.algorithm.objective import Objective
 from megatron_cpgd.config.schema import ExperimentConfig
+from megatron_cpgd.policy import checkpoint
 from megatron_cpgd.policy import policy as policy_module
+from megatron_cpgd.policy.optimizer_shards import own_state
 from megatron_cpgd.types import LossSequence
 from tests.helpers.policy_jobs import OBJECTIVE, build_policy, train_job, write_weights
 
@@ -21,6 +24,61 @@ def save_job(config: ExperimentConfig, sequences: list[LossSequence], folder: Pa
     policy.save(folder, {"step": 2})
     policy.train_step(sequences, OBJECTIVE)
     return torch.cat(policy.compute_logprobs(sequences))
+
+
+def optimizer_state_job(
+    config: ExperimentConfig, sequences: list[LossSequence], folder: Path
+) -> tuple[bool, int, int]:
+    """Save after a step; then read the folder as Megatron itself would.
+
+    Returns:
+        Whether that is what Megatron gathers from the optimizers of all ranks, bit by bit; elements
+        of the state that this rank has given to be saved, and that it has.
+    """
+    policy = build_policy(config)
+    policy.train_step(sequences, OBJECTIVE)
+    policy.save(folder, {"step": 1})
+    metadata = checkpoint._metadata()
+    model = checkpoint._model_state(policy._chunks, metadata)
+    parts = policy._optimizer.chained_optimizers
+    upstream = [
+        [
+            part.sharded_param_state_fully_reshardable(model, is_loading=reads, metadata=metadata)
+            for part in parts
+        ]
+        for reads in (True, False)
+    ]
+    gathered = _plain(upstream[1])
+    read = dist_checkpointing.load({"state": upstream[0]}, str(folder))["state"]
+    own = checkpoint._optimizer_state(policy._optimizer, model, metadata)[checkpoint._TENSORS]
+    held = [
+        tensor
+        for part in parts
+        for tensors in own_state(part).values()
+        for tensor in tensors.values()
+    ]
+    return (
+        _equal(read, gathered),
+        sum(tensor.data.numel() for tensor in own.values()),
+        sum(tensor.numel() for tensor in held),
+    )
+
+
+def _plain(state: Any) -> Any:
+    """Copies of the data of sharded tensors."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_plain(value) for value in state]
+    return state.data.clone()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return all(_equal(a, b) for a, b in zip(one, other, strict=True))
+    return torch.equal(one, other)
 
 
 def continue_job(
