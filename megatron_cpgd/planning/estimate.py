@@ -52,7 +52,7 @@ def estimate(
         active_parameters=model.active_parameters,
         stages=stages,
         engine=engine_bytes,
-        host=host_memory(
+        hosts=host_memory(
             model, layout, trainer, engine, machine,
             batch_tokens=workload.tokens, routes=workload.routes,
         ),

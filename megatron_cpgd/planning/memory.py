@@ -92,7 +92,7 @@ class EngineMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Bytes of the busiest host."""
+    """Bytes of a host."""
 
     name: str
     arena: int
@@ -101,13 +101,18 @@ class HostMemory:
     """The pinned shards of its ranks."""
     offload: int
     """Pinned too: their weights and optimizer state, kept while the trainer works."""
+    checkpoint: int
+    """What its ranks write of one, copied from the GPUs first."""
     batch: int
     """Tokens of a step on every rank, and routes."""
     processes: int
 
     @property
     def total(self) -> int:
-        return self.arena + self.reference + self.offload + self.batch + self.processes
+        return (
+            self.arena + self.reference + self.offload + self.checkpoint + self.batch
+            + self.processes
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,8 +241,8 @@ def _receiver_bytes(machine: Machine) -> int:
 def host_memory(
     model: Model, layout: Layout, settings: TrainerSettings, engine: EngineSettings,
     machine: Machine, *, batch_tokens: int, routes: bool,
-) -> HostMemory:  # fmt: skip
-    """Of the host with rank 0 and the engines, or of those two hosts the one with more.
+) -> tuple[HostMemory, ...]:  # fmt: skip
+    """Of the host with rank 0; of another with engines, if they have nodes of their own.
 
     Args:
         batch_tokens: prompts and responses of a step.
@@ -261,18 +266,20 @@ def host_memory(
     trainer = HostMemory(
         name="the first node", arena=0 if engine.in_place else arena,
         reference=weights * ranks if held else 0, offload=kept * ranks,
+        checkpoint=max(state.written for state in states) * ranks,
         batch=batch_tokens * (TOKEN_RECORD * ranks + ROUTE_COPIES * route_bytes),
         processes=process * ranks + workers,
     )  # fmt: skip
     if not engine.nodes:
-        return trainer
+        return (trainer,)
     trainer = replace(trainer, arena=0, processes=process * ranks)
     apart = HostMemory(
         name="a node of engines",
         arena=arena,
         reference=0,
         offload=0,
+        checkpoint=0,
         batch=0,
         processes=process * machine.receivers + workers,
     )
-    return max(trainer, apart, key=lambda host: host.total)
+    return trainer, apart

@@ -60,7 +60,7 @@ class Plan:
     active_parameters: int
     stages: tuple[RankMemory, ...]
     engine: EngineMemory
-    host: HostMemory
+    hosts: tuple[HostMemory, ...]
     seconds: StepSeconds
     generation: GenerationSeconds
     unbounded: GenerationSeconds
@@ -87,6 +87,11 @@ class Plan:
             engine=self.beside(self.worst.stage),
         )  # fmt: skip
         return max((training, self.sampling or training), key=lambda share: share.total)
+
+    @property
+    def host(self) -> HostMemory:
+        """The fullest."""
+        return max(self.hosts, key=lambda host: host.total)
 
     @property
     def sampling(self) -> Share | None:

@@ -61,11 +61,12 @@ def _memory_problems(plan: Plan) -> Iterator[str]:
             f"{gib(plan.engine.weights)} of weights and {plan.engine.cache_tokens} tokens of KV "
             f"cache, a sequence may have {longest:.0f}"
         )
-    if plan.host.total > machine.host_memory:
-        yield (
-            f"host memory: {gib(plan.host.total)} on {plan.host.name}, which has "
-            f"{gib(machine.host_memory)}"
-        )
+    for host in plan.hosts:
+        if host.total > machine.host_memory:
+            yield (
+                f"host memory: {gib(host.total)} on {host.name}, which has "
+                f"{gib(machine.host_memory)}"
+            )
 
 
 def _engine_gpu_problems(plan: Plan) -> Iterator[str]:
@@ -112,7 +113,10 @@ def find_tight(plan: Plan) -> Iterator[str]:
         of_rank = f"GPU memory of stage {share.rank.stage}{when}"
         filled = [
             (of_rank, share.total, machine.usable_memory),
-            (f"host memory of {plan.host.name}", plan.host.total, machine.host_memory),
+            *(
+                (f"host memory of {host.name}", host.total, machine.host_memory)
+                for host in plan.hosts
+            ),
         ]
     else:
         filled = [("memory of the host", _cpu_memory(plan), machine.usable_memory)]
@@ -139,11 +143,12 @@ def find_warnings(plan: Plan) -> Iterator[str]:
     available = plan.nodes * machine.gpus_per_node
     if machine.accelerator and used < available:
         yield f"the run uses {used} of {available} GPUs on {plan.nodes} nodes"
-    if machine.accelerator and plan.host.arena > machine.host_memory / 2:
-        yield (
-            f"{gib(plan.host.arena)} of weights in /dev/shm of {plan.host.name}: more than half of "
-            "its memory, which is what Linux allows unless /dev/shm is mounted with another size"
-        )
+    for host in plan.hosts:
+        if machine.accelerator and host.arena > machine.host_memory / 2:
+            yield (
+                f"{gib(host.arena)} of weights in /dev/shm of {host.name}: more than half of its "
+                "memory, which is what Linux allows unless /dev/shm is mounted with another size"
+            )
 
 
 def gib(nbytes: float) -> str:

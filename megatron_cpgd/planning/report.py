@@ -93,7 +93,7 @@ def as_json(plan: Plan, fixes: Sequence[Candidate] = ()) -> dict[str, Any]:
             "worst_bytes": plan.fullest.total,
             "stages": [asdict(stage) | {"total": stage.total} for stage in plan.stages],
             "engine": asdict(plan.engine) | {"total": plan.engine.total},
-            "host": asdict(plan.host) | {"total": plan.host.total},
+            "hosts": [asdict(host) | {"total": host.total} for host in plan.hosts],
         },
         "seconds": asdict(plan.seconds) | {"total": plan.seconds.total},
         "training": asdict(plan.training),
@@ -155,8 +155,9 @@ def _memory(plan: Plan) -> str:
     receiver = f", {gib(plan.engine.receiver)} of them to receive weights (assumed)"
     rows.append(["engine's GPU", gib(plan.engine.total) + receiver * (plan.engine.receiver > 0)])
     rows.append(["  KV cache", f"{plan.engine.cache_tokens} tokens"])
-    shared = f", {gib(plan.host.arena)} of them in /dev/shm" if plan.host.arena else ""
-    rows.append(["host", f"{gib(plan.host.total)} on {plan.host.name}{shared}"])
+    for host in plan.hosts:
+        shared = f", {gib(host.arena)} of them in /dev/shm" if host.arena else ""
+        rows.append(["host", f"{gib(host.total)} on {host.name}{shared}"])
     return _table(rows)
 
 

@@ -29,6 +29,8 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
+    written: int
+    """Its part of a checkpoint, on the host while it is saved: replicas write equal parts."""
 
     @property
     def total(self) -> int:
@@ -55,7 +57,7 @@ def state_bytes(
     The optimizer state is that of the rank whose part has the most of it; exact if all parameters
     have multiples of 64 elements, as those of released models do, else an upper bound.
     """
-    weights = gradients = optimizer = 0
+    weights = gradients = optimizer = written = 0
     # fp32 weights are their own main copy; Adam has two moments.
     state = 8 + (4 if precision == "bf16" else 0)
     for chunk in layout.stage(stage, model.decoder.layers):
@@ -68,7 +70,9 @@ def state_bytes(
             weights += BYTES[precision] * size
             gradients += 4 * size
             optimizer += state * min(size // replicas if distributed else size, elements.exact)
-    return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer)
+            # The weights, an fp32 copy even of fp32 weights, and two moments.
+            written += (BYTES[precision] + 12) * (size // replicas)
+    return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer, written=written)
 
 
 def stage_elements(model: Model, layout: Layout, stage: int) -> tuple[int, int]:

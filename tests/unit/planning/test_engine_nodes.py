@@ -49,10 +49,12 @@ def test_engines_on_nodes_of_their_own_leave_the_trainer_s_gpus_and_host_alone(
     assert beside.beside(0) == 4 * beside.engine.claimed
     assert apart.beside(0) == 0 and apart.fits and not beside.fits
     # A node of engines: the weights, eight workers, eight processes that receive, of which one
-    # serves; the trainer's: eight ranks and their tokens, which is less.
-    assert apart.host.name == "a node of engines"
-    assert apart.host.arena == 2 * public_model("Qwen3-8B").parameters
-    assert apart.host.processes == 16 * 3 * GIB
+    # serves; the trainer's: eight ranks with their tokens and their part of a checkpoint.
+    trainer, engines = apart.hosts
+    assert (trainer.name, engines.name) == ("the first node", "a node of engines")
+    assert (trainer.arena, engines.arena) == (0, 2 * public_model("Qwen3-8B").parameters)
+    assert (trainer.processes, engines.processes) == (8 * 3 * GIB, 16 * 3 * GIB)
+    assert engines.checkpoint == 0
 
 
 def test_sampling_takes_as_long_wherever_the_engines_are_but_runs_beside_training(
