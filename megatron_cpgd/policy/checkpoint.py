@@ -81,20 +81,11 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    # Results of the writer threads. By default upstream starts a manager process that imports
-    # everything again (6 to 20 s) and outlives a killed rank; a synchronous save needs neither.
-    filesystem_async._results_queue = queue.Queue()
-    metadata = _metadata()
-    state = _model_state(chunks, metadata)
+    state = model_state(chunks)
     if optimizer is not None:
-        state |= _optimizer_state(optimizer, state, metadata)
+        state |= _optimizer_state(optimizer, state)
     try:
-        dist_checkpointing.save(
-            state,
-            str(partial),
-            FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
-            content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
-        )
+        save_state(state, partial)
     except CheckpointException as error:  # names no cause; the writers have logged theirs
         free = shutil.disk_usage(partial).free
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,8 +120,7 @@ def load_checkpoint(
     """
     manifest = check_checkpoint(path)
     stored = optimizer if manifest["has_optimizer"] else None
-    metadata = _metadata()
-    state = _model_state(chunks, metadata)
+    state = model_state(chunks)
     read: list[tuple[DistributedOptimizer, OwnState]] = []
     if stored is not None and _is_distributed(stored):
         for part in stored.chained_optimizers:
@@ -139,12 +129,8 @@ def load_checkpoint(
             read.append((part, empty_state(part)))
         state[_TENSORS] = _tensors(read, state)
     elif stored is not None:
-        state["optimizer"] = stored.sharded_state_dict(state, is_loading=True, metadata=metadata)
-    loaded = dist_checkpointing.load(
-        state,
-        str(path),
-        FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group()),
-    )
+        state["optimizer"] = stored.sharded_state_dict(state, is_loading=True, metadata=metadata())
+    loaded = load_state(state, path)
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_key(i, len(chunks))], strict=False)
     if stored is not None:
@@ -205,7 +191,40 @@ def carried_file(path: Path, table: WeightTable) -> Path | None:
     return file
 
 
-def _metadata() -> dict[str, Any]:
+def model_state(chunks: list[Any]) -> dict[str, Any]:
+    """The parameters with their places in full tensors."""
+    return {
+        _chunk_key(i, len(chunks)): chunk.sharded_state_dict(metadata=metadata())
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write it as Megatron does; replicas share the work. Collective."""
+    # Results of the writer threads. By default upstream starts a manager process that imports
+    # everything again (6 to 20 s) and outlives a killed rank; a synchronous save needs neither.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(
+        state,
+        str(folder),
+        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), _replica_group()),
+        content_metadata={k: v for k, v in metadata().items() if k != "dp_cp_group"},
+    )
+
+
+def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with what the files have: sharded tensors are read into, replicas share the work.
+    Collective."""
+    loaded: dict[str, Any] = dist_checkpointing.load(
+        state,
+        str(folder),
+        FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group()),
+    )
+    return loaded
+
+
+def metadata() -> dict[str, Any]:
+    """How Megatron is to lay out its state: so that it loads under any layout."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -222,32 +241,23 @@ def _chunk_key(index: int, count: int) -> str:
     return f"model{index}" if count > 1 else "model"
 
 
-def _model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    return {
-        _chunk_key(i, len(chunks)): chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(chunks)
-    }
-
-
-def _optimizer_state(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any]
-) -> dict[str, Any]:
-    """To be saved beside `model_state`."""
+def _optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
+    """To be saved beside the state of the model."""
     if not _is_distributed(optimizer):
-        return {"optimizer": optimizer.sharded_state_dict(model_state, metadata=metadata)}
+        return {"optimizer": optimizer.sharded_state_dict(model, metadata=metadata())}
     parts = optimizer.chained_optimizers
     optimizer._synchronize_steps()
-    tensors = _tensors([(part, own_state(part)) for part in parts], model_state)
+    tensors = _tensors([(part, own_state(part)) for part in parts], model)
     return {"optimizer": parts[0].state_dict(), _TENSORS: tensors}
 
 
 def _tensors(
-    states: Sequence[tuple[DistributedOptimizer, OwnState]], model_state: dict[str, Any]
+    states: Sequence[tuple[DistributedOptimizer, OwnState]], model: dict[str, Any]
 ) -> dict[str, ShardedTensor]:
     return {
         name: tensor
         for part, own in states
-        for name, tensor in sharded_state(part, own, model_state).items()
+        for name, tensor in sharded_state(part, own, model).items()
     }
 
 

@@ -38,8 +38,8 @@ def optimizer_state_job(
     policy = build_policy(config)
     policy.train_step(sequences, OBJECTIVE)
     policy.save(folder, {"step": 1})
-    metadata = checkpoint._metadata()
-    model = checkpoint._model_state(policy._chunks, metadata)
+    metadata = checkpoint.metadata()
+    model = checkpoint.model_state(policy._chunks)
     parts = policy._optimizer.chained_optimizers
     upstream = [
         [
@@ -50,7 +50,7 @@ def optimizer_state_job(
     ]
     gathered = _plain(upstream[1])
     read = dist_checkpointing.load({"state": upstream[0]}, str(folder))["state"]
-    own = checkpoint._optimizer_state(policy._optimizer, model, metadata)[checkpoint._TENSORS]
+    own = checkpoint._optimizer_state(policy._optimizer, model)[checkpoint._TENSORS]
     held = [
         tensor
         for part in parts
