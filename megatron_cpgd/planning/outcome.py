@@ -84,7 +84,8 @@ def calibrate(outcome: Outcome) -> Machine:
     """The machine of the plan with the factors that make its prediction of this run right."""
     before, plan = outcome.plan.machine.efficiency, outcome.plan
     memory = before.rank_memory
-    if outcome.memory_gib is not None:
+    # On CPU a process has little beside its tensors; the rest is a share of these.
+    if outcome.memory_gib is not None and plan.machine.accelerator:
         formulas = plan.worst.total - memory
         memory = max(int(outcome.memory_gib * 2**30) - formulas, 0)
     return with_factors(

@@ -1,5 +1,7 @@
-"""The most memory that a rank has had at any time of the run."""
+"""Memory of a rank: the most that it has had at any time of the run, and the C library's heap."""
 
+import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_cpgd.policy import device
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _STATUS = Path("/proc/self/status")
 
 
@@ -36,3 +39,21 @@ def _status_bytes(name: str) -> int:
     """A size that the kernel keeps of this process."""
     [line] = [line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def tame_heap() -> None:
+    """Where tensors are in host memory, keep glibc from losing much of it between them.
+
+    By default each thread of a collective has a heap of its own, and what is freed of sizes up to
+    32 MiB stays in the process: a policy with experts grew with every step. Does nothing where the
+    C library is another one, or where its own settings say otherwise.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or torch.cuda.is_available():
+        return
+    for variable, option, value in (
+        ("MALLOC_ARENA_MAX", _M_ARENA_MAX, 1),
+        ("MALLOC_MMAP_THRESHOLD_", _M_MMAP_THRESHOLD, 4 << 20),
+    ):
+        if variable not in os.environ:
+            mallopt(option, value)
