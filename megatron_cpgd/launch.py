@@ -108,7 +108,7 @@ def _environment(world_size: int) -> dict[str, str]:
 def free_port() -> int:
     """Free now, and most likely in the seconds until rank 0 has imported torch and listens.
 
-    It lies below the ports that Linux gives to whoever asks for any (32768), as other runs do.
+    It lies below the ports that Linux gives to whoever asks for any (32768), as Gloo does.
     """
     while True:
         port = _FIRST_PORT + secrets.randbelow(_PORTS)

@@ -274,7 +274,7 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         f"    {'raise SystemExit(1)' if end == 'raise' else 'time.sleep(60)'}\n"
     )
     process = _run_script(tmp_path, script)
-    _wait_for(lambda: pids_file.exists() and pids_file.read_text(), 30)
+    _wait_for(lambda: pids_file.exists() and pids_file.read_text(), 120)  # imports
     if end == "kill":
         process.kill()
     process.communicate(timeout=30)

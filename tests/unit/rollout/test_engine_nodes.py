@@ -59,7 +59,7 @@ def join(key_file):
     joined: list[NodeChannel] = []
 
     def connect_node(node: int) -> NodeChannel:
-        channel, access = connect(key_file, Hello(node=node, host=f"host{node}"), limit_s=10)
+        channel, access = connect(key_file, Hello(node=node, host=f"host{node}"), limit_s=60)
         assert access.host == "127.0.0.1"
         joined.append(channel)
         return channel
@@ -230,11 +230,12 @@ def slow_link(port: int, bytes_per_s: int) -> int:
                 target.sendall(data)
 
     def serve() -> None:
-        here, _ = listener.accept()
-        there = socket.create_connection(("127.0.0.1", port))
         pause_s = (1 << 16) / bytes_per_s
-        for ends in ((here, there, pause_s), (there, here, 0)):
-            threading.Thread(target=forward, args=ends, daemon=True).start()
+        while True:  # a node that gets no welcome in time connects again
+            here, _ = listener.accept()
+            there = socket.create_connection(("127.0.0.1", port))
+            for ends in ((here, there, pause_s), (there, here, 0)):
+                threading.Thread(target=forward, args=ends, daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     return listener.getsockname()[1]
