@@ -15,8 +15,9 @@ demo: $(BIN)/.synced
 demo-moe: $(BIN)/.synced
 	$(BIN)/python tools/demo.py --moe $(ARGS)
 
+# Two workers: make test ARGS="-n 4" has four, make test ARGS="-n 0 --pdb tests/unit" none.
 test: $(BIN)/.synced
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # The default suite and what takes minutes: tensor-parallel engines.
 test-all: $(BIN)/.synced

@@ -9,6 +9,7 @@ that failed, and show the end of its log.
 
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ RANK_0_GRACE_S = 3.0
 NODE_GRACE_S = 30.0
 """The same after an engine node has failed."""
 _POLL_S = 0.05
+_FIRST_PORT, _PORTS = 10000, 10000
 _TAIL_LINES = 30
 _PR_SET_PDEATHSIG = 1
 
@@ -100,13 +102,19 @@ def _environment(world_size: int) -> dict[str, str]:
     }
     size = str(world_size)
     place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    return environment | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return environment | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """Free now, and most likely in the seconds until rank 0 has imported torch and listens.
+
+    It lies below the ports that Linux gives to whoever asks for any (32768), as Gloo does.
+    """
+    while True:
+        port = _FIRST_PORT + secrets.randbelow(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _start(

@@ -358,13 +358,14 @@ def free_memory(device: str) -> int:
 
 
 def in_own_process(function: Callable, *arguments: object):
-    """The function's result, from a fresh process.
+    """The function's result, from a fork of a process that has imported the package, and no more.
 
     Raises:
         UserError: the process was killed.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload([linear_logprobs.__module__])
+    with ProcessPoolExecutor(1, mp_context=fork) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -119,12 +118,9 @@ def _engine_key(config: ExperimentConfig) -> Any:
 
 
 def _become_only_rank() -> None:
-    with socket.socket() as probe:  # free now; taken again in a moment
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # any
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With the first module here the runs of `ahead` begin, so it is the first of all.
 
-    Other folders leave time to them. Modules that wait for no run of their own are next.
+    Other folders leave time to them; with `pytest -n` other workers run those. Modules that wait
+    for no run of their own are next.
     """
     first = next((item.path for item in items if item.path.parent == HERE), None)
 

@@ -182,7 +182,7 @@ RANK_SETTINGS = {
 def train_as_rank_0(workplace, monkeypatch, capsys):
     """Run `train` as a launcher starts rank 0, here, where the libraries are loaded already."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}).items():
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
         monkeypatch.setenv(name, value)
 
     def train(overrides: list[str], expected: list[str]) -> None:

@@ -338,8 +338,8 @@ def test_closing_an_engine_ends_a_call_of_another_thread(labs):
     time.sleep(0.3)
     start = time.monotonic()
     lab.engine.close()
-    thread.join(5)
-    assert time.monotonic() - start < 2.0
+    thread.join(60)
+    assert time.monotonic() - start < 30, "it waited for the step's time limit of 120 s"
     assert "generating: the engine was killed" in str(errors[0])
 
 
@@ -361,7 +361,7 @@ def test_an_engine_killed_while_generating_is_reported_at_once(labs):
     start = time.monotonic()
     with pytest.raises(RolloutError, match="generating: the engine was killed by SIGKILL"):
         lab.generate(Sampling(n=64, max_tokens=200), prompts=PROMPTS * 16)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 30, "it waited for the step's time limit of 120 s"
     with pytest.raises(RolloutError, match="killed by SIGKILL"):
         lab.generate()
     lab.engine.close()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import sys
 import threading
 from contextlib import suppress
@@ -44,13 +43,10 @@ STOPPED_AFTER = 5
 
 def main(assets: Path, out: Path) -> None:
     """Every run of RUNS in `out/<name>`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(
         ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1"
     )
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from megatron_cpgd import train as loop
     from megatron_cpgd.config.load import load_config
     from megatron_cpgd.policy.parallel import join_world

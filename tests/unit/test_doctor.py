@@ -18,6 +18,7 @@ from megatron_cpgd.doctor import network, resources, software
 from megatron_cpgd.doctor.examine import examine
 from megatron_cpgd.doctor.host import Finding, Host
 from megatron_cpgd.doctor.resources import count_parameters
+from megatron_cpgd.launch import free_port
 from tests.helpers.valid_run import write_run
 
 
@@ -140,9 +141,7 @@ def node(number: int, port: int, **changes: str) -> dict[str, str]:
 
 
 def test_nodes_meet_and_compare_their_clocks():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = (
         "import sys; sys.path.insert(0, '.'); from tests.unit.test_doctor import *;"
         f"print(examined(network.check_network, **node(0, {port})))"
@@ -166,9 +165,7 @@ def test_clocks_that_differ_are_a_warning(monkeypatch):
 def test_a_node_that_hears_nothing_fails(monkeypatch):
     monkeypatch.setattr(network, "MEETING_S", 0.3)
     for number in (0, 1):
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         finding = examined(network.check_network, **node(number, port))["nodes"]
         assert finding.status == "FAIL"
         assert f"no connection over localhost:{port}" in finding.found

@@ -45,7 +45,7 @@ def wait_for(path: Path) -> str:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists() and "Z" not in _state(pid):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.02)
@@ -69,7 +69,7 @@ def test_each_rank_is_told_its_place(tmp_path, rank_program):
     assert launch_ranks(argv, 3, tmp_path / "logs") == 0
     places = [(tmp_path / f"env_{rank}").read_text().split() for rank in range(3)]
     port = places[0][5]
-    assert int(port) > 1023
+    assert 1023 < int(port) < 32768  # who asks Linux for any port gets a higher one
     for rank, place in enumerate(places):
         assert place == [str(rank), str(rank), "3", "3", "127.0.0.1", port, "lo"]
 

@@ -59,7 +59,7 @@ def join(key_file):
     joined: list[NodeChannel] = []
 
     def connect_node(node: int) -> NodeChannel:
-        channel, access = connect(key_file, Hello(node=node, host=f"host{node}"), limit_s=10)
+        channel, access = connect(key_file, Hello(node=node, host=f"host{node}"), limit_s=60)
         assert access.host == "127.0.0.1"
         joined.append(channel)
         return channel
@@ -110,7 +110,7 @@ def test_a_request_reaches_its_node_and_the_answer_comes_back(nodes, key_file, j
             ),
         )
     for caller in callers:
-        caller.join(5)
+        caller.join(30)
     assert {node: (r.fingerprints, r.tensors) for node, r in reports.items()} == {
         0: ({"from": 0}, 3),
         1: ({"from": 1}, 3),
@@ -170,7 +170,7 @@ def test_a_node_that_rank_0_is_slow_to_welcome_asks_again(nodes, join):
     with nodes._changed:  # what holds up rank 0 for longer than the node waits
         waiting.start()
         time.sleep(1)
-    waiting.join(10)
+    waiting.join(30)
     [channel] = joined
     order = Receive(version=1)
     nodes.send(0, order)
@@ -191,7 +191,7 @@ def test_the_key_file_of_an_earlier_start_leads_nowhere(tmp_path, key_file, join
     time.sleep(0.5)
     assert not joined
     nodes = EngineNodes(1, host="127.0.0.1", key_file=key_file, log_path=lambda i: tmp_path / "no")
-    waiting.join(10)
+    waiting.join(30)
     assert joined
     nodes.close()
 
@@ -204,7 +204,7 @@ def test_a_node_whose_process_ends_is_named_within_seconds(nodes, tmp_path, join
     hang_up(channel)
     with pytest.raises(RolloutError) as caught:
         nodes.received(1, limit_s=60)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20, "it waited for 30 s of silence"
     assert "engine node 1 on host1 is lost: its process has ended" in str(caught.value)
     assert str(caught.value).endswith("node_1.log:\nits last words")
     with pytest.raises(RolloutError, match="engine node 1"):
@@ -230,11 +230,12 @@ def slow_link(port: int, bytes_per_s: int) -> int:
                 target.sendall(data)
 
     def serve() -> None:
-        here, _ = listener.accept()
-        there = socket.create_connection(("127.0.0.1", port))
         pause_s = (1 << 16) / bytes_per_s
-        for ends in ((here, there, pause_s), (there, here, 0)):
-            threading.Thread(target=forward, args=ends, daemon=True).start()
+        while True:  # a node that gets no welcome in time connects again
+            here, _ = listener.accept()
+            there = socket.create_connection(("127.0.0.1", port))
+            for ends in ((here, there, pause_s), (there, here, 0)):
+                threading.Thread(target=forward, args=ends, daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     return listener.getsockname()[1]
@@ -288,10 +289,10 @@ def test_a_node_is_told_to_leave_and_notices_that_rank_0_has_gone(nodes, join):
         pass
     obedient.send(Left())
     obedient.exchange(0)
-    closing.join(10)  # it does not wait for the other one for ever
+    closing.join(30)  # it does not wait for the other one for ever
     start = time.monotonic()
     with pytest.raises(RolloutError, match="rank 0 broke"):
-        while time.monotonic() < start + 5:
+        while time.monotonic() < start + 30:
             deaf.send(Pulse())
             deaf.exchange(0.1)
 
@@ -309,7 +310,7 @@ def test_closing_ends_a_wait_in_another_thread(nodes, join):
     waiting = threading.Thread(target=wait)
     waiting.start()
     nodes.close()
-    waiting.join(5)
+    waiting.join(30)
     assert "the engine nodes were let go" in str(errors[0])
 
 
