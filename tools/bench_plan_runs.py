@@ -61,6 +61,11 @@ CASES = (
     Case(hidden=768, layers=10, parallel={"dp": 2}),
     Case(hidden=256, layers=4, experts=8),
     Case(hidden=256, layers=4, experts=8, parallel={"dp": 2, "ep": 2}),
+    # The constants of memory were chosen before these.
+    Case(hidden=384, layers=12),
+    Case(hidden=640, layers=6, parallel={"dp": 2}),
+    Case(hidden=384, layers=5, experts=4),
+    Case(hidden=384, layers=5, experts=4, parallel={"dp": 2}),
 )
 
 

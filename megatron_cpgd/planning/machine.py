@@ -194,7 +194,7 @@ def cpu_machine() -> Machine:
         efficiency=Efficiency(
             dense=0.9, experts=0.6, bandwidth=0.5, link=0.5, hop_s=1e-3, layer_s=3e-3,
             iteration_s=1e-2, sequence_s=4e-5, host_write=4e8, host_writes=4e8, host_sum=4e9,
-            rank_memory=GIB // 8, fragmentation=0.05,
+            rank_memory=110 << 20, fragmentation=0.05,
         ),
     )  # fmt: skip
 

@@ -22,9 +22,9 @@ REFERENCE_PIECE = 16 << 20
 """As PIECE_BYTES of policy/reference.py."""
 HOST_PROCESS = 3 * GIB
 """Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
-HEAP_LOSS = 9.0
+HEAP_LOSS = 5.0
 """How many times as much the heap of a CPU process loses where buffers of tensor parallelism come
-and go between activations; measured, and gone with MALLOC_MMAP_THRESHOLD_=65536."""
+and go between activations; measured with the settings of `policy/memory.py:tame_heap`."""
 ROUTE_COPIES = 3
 """Of all routes on the first host: as sampled, as sent, and for its ranks together."""
 TOKEN_RECORD = 64
