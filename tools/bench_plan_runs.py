@@ -2,10 +2,10 @@
 
     python tools/bench_plan_runs.py --out runs/bench_plan
 
-Random models of several sizes train for a few steps on two ranks, with vLLM. `plan --calibrate`
-then fits the machine to the first run, and all others are predicted with it. The last column is the
-memory as predicted without calibration. Runs that are there are not made again. Seconds are wall
-time: let the machine do nothing else.
+Random models of several sizes train for a few steps on two ranks, with vLLM. `plan --calibrate` fits
+the machine to the first run, and all others are predicted with it, but not their memory, which is
+not calibrated on CPU. Runs that are there are not made again. Seconds are wall time: let the machine
+do nothing else.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qw
 from megatron_cpgd.config.yaml_io import format_yaml
 from megatron_cpgd.demo.arithmetic import split_problems
 from megatron_cpgd.demo.tokenizer import build_tokenizer
+from megatron_cpgd.planning.machine import cpu_machine
 from megatron_cpgd.planning.outcome import Outcome, calibrate, read_outcome
 from megatron_cpgd.tracking.run_folder import RunFolder
 
@@ -76,30 +77,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each run; the first is left out")
     arguments = parser.parse_args()
     folders = [make_run(case, arguments.out, arguments.steps) for case in CASES]
-    machine = calibrate(read_outcome(folders[0]))
+    machine = calibrate(read_outcome(folders[0], cpu_machine()))
     sys.stdout.write("measured / predicted, calibrated on the first run\n")
-    sys.stdout.write(" | ".join(["run", *PARTS, "memory", "memory, not calibrated"]) + "\n")
+    sys.stdout.write(" | ".join(["run", *PARTS]) + "\n")
     for case, folder in zip(CASES, folders, strict=True):
-        ratios = [*step_ratios(read_outcome(folder, machine)), memory_ratio(read_outcome(folder))]
+        ratios = find_ratios(read_outcome(folder, machine))
         sys.stdout.write(" | ".join([case.name, *(f"{ratio:.2f}" for ratio in ratios)]) + "\n")
 
 
-PARTS = ("step", "trainer's passes", "generate", "sync")
+PARTS = ("step", "trainer's passes", "generate", "sync", "memory")
 
 
-def step_ratios(outcome: Outcome) -> Iterator[float]:
-    """Of `PARTS`, and of the memory."""
+def find_ratios(outcome: Outcome) -> Iterator[float]:
+    """Of `PARTS`; the memory is that of the fullest rank."""
     yield sum(outcome.seconds.values()) / outcome.plan.seconds.total
     yield outcome.train_ratio
     yield outcome.ratio("generate")
     yield outcome.ratio("sync")
-    yield memory_ratio(outcome)
-
-
-def memory_ratio(outcome: Outcome) -> float:
-    """Of the fullest rank."""
     assert outcome.memory_gib is not None, "every run measures it"
-    return outcome.memory_gib * 2**30 / outcome.plan.worst.total
+    yield outcome.memory_gib * 2**30 / outcome.plan.worst.total
 
 
 def make_run(case: Case, out: Path, steps: int) -> RunFolder:

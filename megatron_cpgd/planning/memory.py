@@ -22,7 +22,7 @@ REFERENCE_PIECE = 16 << 20
 """As PIECE_BYTES of policy/reference.py."""
 HOST_PROCESS = 3 * GIB
 """Host memory of a Python process with torch and CUDA; of a rank or an engine worker."""
-HEAP_LOSS = 5.0
+HEAP_LOSS = 6.0
 """How many times as much the heap of a CPU process loses where buffers of tensor parallelism come
 and go between activations; measured with the settings of `policy/memory.py:tame_heap`."""
 ROUTE_COPIES = 3
