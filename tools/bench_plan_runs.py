@@ -2,10 +2,10 @@
 
     python tools/bench_plan_runs.py --out runs/bench_plan
 
-Random models of several sizes train for a few steps on two ranks, with vLLM. `plan --calibrate` fits
-the machine to the first run, and all others are predicted with it, but not their memory, which is
-not calibrated on CPU. Runs that are there are not made again. Seconds are wall time: let the machine
-do nothing else.
+Random models of several sizes train for a few steps on two ranks, with vLLM. `plan --calibrate`
+fits the machine to the first run, and all others are predicted with it, but not their memory,
+which is not calibrated on CPU. Runs that are there are not made again. Seconds are wall time: let
+the machine do nothing else.
 """
 
 import argparse
