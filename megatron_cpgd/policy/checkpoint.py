@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_cpgd.errors import ConversionError, RunError
 from megatron_cpgd.policy.optimizer_shards import (
     OwnState,
+    check_whole,
     empty_state,
     own_state,
     restore,
@@ -75,6 +76,7 @@ def save_checkpoint(
 
     Raises:
         RunError: the disk does not take it.
+        RuntimeError: the ranks' parts are not the whole optimizer state.
     """
     partial = path.with_name(path.name + ".partial")
     if dist.get_rank() == 0:
@@ -248,6 +250,7 @@ def _optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dic
     parts = optimizer.chained_optimizers
     optimizer._synchronize_steps()
     tensors = _tensors([(part, own_state(part)) for part in parts], model)
+    check_whole(tensors.values())
     return {"optimizer": parts[0].state_dict(), _TENSORS: tensors}
 
 

@@ -8,15 +8,17 @@ takes boxes of any size. Names and shapes in the files are upstream's.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -71,6 +73,30 @@ def sharded_state(
                 for box in _boxes(leaf, f"optimizer.state.{name}.", flat, begin, end):
                     boxes[f"{box.key} {box.global_offset}"] = box
     return boxes
+
+
+def check_whole(boxes: Iterable[ShardedTensor]) -> None:
+    """The parts of all ranks have as many elements together as the full tensors. Collective.
+
+    Upstream checks grids of equal parts only. What no rank has written would be read as noise.
+
+    Raises:
+        RuntimeError: on every rank, naming the tensors.
+    """
+    written: Counter[str] = Counter()
+    sizes: dict[str, int] = {}
+    for box in boxes:
+        written[box.key] += math.prod(box.local_shape) * is_main_replica(box.replica_id)
+        sizes[box.key] = math.prod(box.global_shape)
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (written, sizes))
+    total = sum((own for own, _ in ranks), Counter[str]())
+    expected = {key: size for _, own in ranks for key, size in own.items()}
+    if wrong := [f"{key}: {total[key]} of {n}" for key, n in expected.items() if total[key] != n]:
+        raise RuntimeError(
+            f"the ranks' parts of {len(wrong)} tensors of the optimizer have other numbers of "
+            f"elements together than the tensors, first {'; '.join(wrong[:3])}"
+        )
 
 
 def flat_boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:

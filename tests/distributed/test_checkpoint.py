@@ -11,6 +11,7 @@ from megatron_cpgd.policy.checkpoint import check_checkpoint
 from tests.helpers.checkpoint_jobs import (
     broken_step_job,
     continue_job,
+    incomplete_state_job,
     optimizer_state_job,
     roll_back_job,
     save_job,
@@ -125,6 +126,13 @@ def test_each_rank_saves_its_own_optimizer_state_alone_and_megatron_reads_the_wh
     for equal, saved, held in results:
         assert equal
         assert saved == held
+
+
+def test_a_checkpoint_to_which_a_rank_does_not_give_all_is_not_made(model, sequences, tmp_path):
+    config, folder = tiny_config(model, parallel={"dp": 2}), tmp_path / "step_000001"
+    with pytest.raises(RuntimeError, match=r"of 3 tensors .* first optimizer\.state\.param\."):
+        run_distributed(2, incomplete_state_job, config, sequences, folder)
+    assert not folder.exists()
 
 
 def test_sinks_and_biases_of_experts_resume_under_another_layout(tmp_path):
