@@ -282,7 +282,8 @@ def _fit_parts(state: dict[Any, Any], optimizer: MegatronOptimizer) -> Any:
                 "convert; resume with the parallel.tp, ep and etp that saved it"
             )
         return state
-    plain = state["optimizer"]
+    # Megatron writes them once for each optimizer, if there are several.
+    plain = state["optimizer"] if "optimizer" in state else state[0]["optimizer"]
 
     def fit(part: MegatronOptimizer) -> dict[str, Any]:
         expert = part.param_groups[0]["is_expert_parallel"]

@@ -11,6 +11,7 @@ from megatron_cpgd.policy.checkpoint import check_checkpoint
 from tests.helpers.checkpoint_jobs import (
     broken_step_job,
     continue_job,
+    gathered_save_job,
     incomplete_state_job,
     optimizer_state_job,
     roll_back_job,
@@ -126,6 +127,20 @@ def test_each_rank_saves_its_own_optimizer_state_alone_and_megatron_reads_the_wh
     for equal, saved, held in results:
         assert equal
         assert saved == held
+
+
+@pytest.mark.parametrize(("source", "target"), [("dp2_ep2", "tp2"), ("1", "dp2_ep2")])
+def test_a_checkpoint_as_megatron_gathers_it_resumes_too(experts, source, target, tmp_path):
+    path, sequences = experts
+    folder = tmp_path / "step_000002"
+    results = []
+    for layout, job in ((source, gathered_save_job), (target, continue_job)):
+        config = tiny_config(path, parallel=EXPERT_LAYOUTS[layout])
+        ranks = config.parallel.world_size
+        results.append(run_distributed(ranks, job, config, sequences, folder)[0])
+    expected, result = results
+    assert result["optimizer_steps"] == 3
+    assert (result["logprobs"] - expected).abs().max() < 1e-3
 
 
 def test_a_checkpoint_to_which_a_rank_does_not_give_all_is_not_made(model, sequences, tmp_path):

@@ -92,6 +92,18 @@ def _equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other)
 
 
+def gathered_save_job(
+    config: ExperimentConfig, sequences: list[LossSequence], folder: Path
+) -> torch.Tensor:
+    """`save_job` with the optimizer's state as Megatron itself gathers and writes it."""
+
+    def gathered(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
+        return {"optimizer": optimizer.sharded_state_dict(model, metadata=checkpoint.metadata())}
+
+    checkpoint._optimizer_state = gathered
+    return save_job(config, sequences, folder)
+
+
 def continue_job(
     config: ExperimentConfig, sequences: list[LossSequence], folder: Path
 ) -> dict[str, Any]:
